@@ -1,0 +1,75 @@
+"""Exact, certified channel pruning for PyTorch vision networks, from a trained model to a checked ONNX file.
+
+Public names are resolved on first use, so that importing the package loads neither torch nor nni.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+try:
+    __version__ = version("nni_prune_ext")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_PUBLIC = {
+    "ChannelGroup": "graph.channel_groups",
+    "ChannelGroups": "graph.channel_groups",
+    "trace_channel_groups": "graph.channel_groups",
+    "PruningPlan": "plan",
+    "plan_from_channels": "plan",
+    "plan_from_masks": "plan",
+    "plan_to_masks": "plan",
+    "Removal": "surgery",
+    "remap_optimizer": "surgery",
+    "silence_channels": "surgery",
+    "Certificate": "certificate",
+    "remove_channels": "certificate",
+    "verify_groups": "certificate",
+    "Costs": "costs",
+    "count_costs": "costs",
+    "Limits": "allocation",
+    "Target": "allocation",
+    "allocate": "allocation",
+    "PruningMethod": "methods.base",
+    "build_model": "models.loading",
+    "load_weights": "models.loading",
+    "save_weights": "models.loading",
+    "open_data": "data.sources",
+    "fit": "training",
+    "recalibrate_batchnorm": "training",
+    "prune": "pipeline",
+    "export_onnx": "export.onnx_static",
+    "check_parity": "export.parity",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+if TYPE_CHECKING:
+    from nni_prune_ext.allocation import Limits, Target, allocate
+    from nni_prune_ext.certificate import Certificate, remove_channels, verify_groups
+    from nni_prune_ext.costs import Costs, count_costs
+    from nni_prune_ext.data.sources import open_data
+    from nni_prune_ext.export.onnx_static import export_onnx
+    from nni_prune_ext.export.parity import check_parity
+    from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
+    from nni_prune_ext.methods.base import PruningMethod
+    from nni_prune_ext.models.loading import build_model, load_weights, save_weights
+    from nni_prune_ext.pipeline import prune
+    from nni_prune_ext.plan import PruningPlan, plan_from_channels, plan_from_masks, plan_to_masks
+    from nni_prune_ext.surgery import Removal, remap_optimizer, silence_channels
+    from nni_prune_ext.training import fit, recalibrate_batchnorm
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name on first use."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'nni_prune_ext' has no attribute '{name}'")
+    return getattr(import_module(f"nni_prune_ext.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return sorted(__all__)

@@ -1,0 +1,186 @@
+"""Writes a model as one ONNX file that a bare ONNX Runtime can run, and proves it equal to PyTorch.
+
+The file keeps PyTorch's names of layers and weights, tells where it comes from, and holds nothing of the machine
+that wrote it. It appears under its name only when it is complete and checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import onnx
+from torch import nn
+
+from nni_prune_ext.errors import ExportError, ModelError, OutputError, ParityError
+from nni_prune_ext.export.exporters import ExporterName, export_graph, first_line
+from nni_prune_ext.export.frozen_model import evaluation_mode, exportable_form
+from nni_prune_ext.export.model_call import ModelCall, as_call, named_leaves
+from nni_prune_ext.export.parity import FAIL, ParityReport, check_parity
+from nni_prune_ext.export.provenance import provenance
+from nni_prune_ext.inputs import ExampleInputs
+
+ONE_FILE_LIMIT_BYTES = 1_500_000_000
+"""Weights above this go to a second file, ``<name>.data``: a protobuf message cannot exceed 2 GB."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written ONNX file.
+
+    Attributes:
+        path: The file.
+        data_path: The file beside it with the weights, if they did not fit into one.
+        exporter: The exporter that wrote it.
+        fallback_reason: Why the first exporter failed, if the second one had to step in.
+        properties: The metadata in the file, with prefixed names.
+        parity: The comparison with PyTorch, or None if `check` was off.
+        size_bytes: Size of the file, with the weights beside it.
+    """
+
+    path: Path
+    data_path: Path | None
+    exporter: ExporterName
+    fallback_reason: str | None
+    properties: Mapping[str, str]
+    parity: ParityReport | None
+    size_bytes: int
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    path: Path,
+    *,
+    opset: int = 18,
+    dynamic_batch: bool = True,
+    exporter: ExporterName | Literal["auto"] = "auto",
+    properties: Mapping[str, str] | None = None,
+    check: bool = True,
+    given_inputs: Sequence[ExampleInputs] | None = None,
+    fail: float = FAIL,
+) -> ExportResult:
+    """Writes the model in eval mode as ONNX; the model is left as it was.
+
+    Args:
+        model: The model. Submodules that offer ``for_export()`` are written as what that method returns.
+        example_inputs: Inputs on the device of the model.
+        path: Where the file goes; an older file there is replaced only by a complete and checked one.
+        opset: ONNX operator set.
+        dynamic_batch: Leave the first dimension of every input open, under the name ``N``.
+        exporter: ``auto`` tries dynamo and falls back to TorchScript.
+        properties: Further metadata for the file (``plan``, ``method``, …), without prefix.
+        check: Compare the file with PyTorch on ONNX Runtime's CPU.
+        given_inputs: Real inputs for that comparison, beside random ones.
+        fail: Largest relative difference that the comparison lets pass.
+
+    Raises:
+        ModelError: If the model does not run on the example inputs.
+        ExportError: If no exporter can write the model.
+        ParityError: If the file's outputs differ from PyTorch's.
+        OutputError: If the file cannot be written.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import torch
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> path = Path(mkdtemp()) / "model.onnx"
+        >>> export_onnx(model, torch.zeros(1, 3, 2, 2), path, exporter="torchscript").parity.passed
+        True
+    """
+    path = Path(path)
+    call = as_call(model, example_inputs)
+    with evaluation_mode(model), _temporary_folder_beside(path) as folder:
+        outputs = _output_names(model, call)
+        with exportable_form(model) as exportable:
+            proto, used, reason = export_graph(
+                exportable, call, outputs=outputs, exporter=exporter, opset=opset, dynamic_batch=dynamic_batch
+            )
+        written = provenance(
+            model, call.named_tensors(), opset=opset, exporter=used, extra={} if properties is None else properties
+        )
+        onnx.helper.set_model_props(proto, written)
+        draft = folder / path.name
+        _write(proto, draft, model)
+        parity = None
+        if check:
+            parity = check_parity(model, draft, example_inputs, given_inputs=given_inputs, fail=fail)
+            _require_parity(parity, path, fail)
+        size_bytes = sum(part.stat().st_size for part in folder.iterdir())
+        data_path = _publish(folder, path)
+    return ExportResult(path, data_path, used, reason, written, parity, size_bytes)
+
+
+@contextmanager
+def _temporary_folder_beside(path: Path) -> Iterator[Path]:
+    """Yields a folder on the file system of the target, so that moving a file out of it is atomic."""
+    try:
+        folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OutputError(
+            f"The ONNX file cannot be written to '{path}': {error.strerror}. Expected an existing folder with "
+            "permission to write. Create the folder or choose another path."
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _output_names(model: nn.Module, call: ModelCall) -> list[str]:
+    """Runs the model once and names its output tensors after their place."""
+    try:
+        result = call.run(model)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in call.named_tensors().items()}
+        raise ModelError(
+            f"{type(model).__name__} does not run on the example inputs {shapes}: {error}. Expected inputs that the "
+            "model accepts, on its device. Pass inputs with which model(...) works."
+        ) from error
+    names = [name for name, _ in named_leaves(result, "output")]
+    # Values of a graph share one name space: an output must not be called like an input.
+    return [f"{name}_" if name in call.named_tensors() else name for name in names]
+
+
+def _write(proto: onnx.ModelProto, draft: Path, model: nn.Module) -> None:
+    """Writes the graph, with large weights in a second file, and lets onnx check the result."""
+    weights_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    external = weights_bytes > ONE_FILE_LIMIT_BYTES
+    try:
+        onnx.save_model(proto, str(draft), save_as_external_data=external, location=_data_path(draft).name)
+        onnx.checker.check_model(str(draft))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"The exported graph of {type(model).__name__} is not valid ONNX: {first_line(error)}. Expected a graph "
+            'that onnx.checker accepts. Try the other exporter with exporter="torchscript" or exporter="dynamo".'
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"Writing the ONNX file to '{draft.parent.parent}' failed: {error.strerror}. Expected room for "
+            f"{weights_bytes} bytes. Free space or choose another path."
+        ) from error
+
+
+def _require_parity(parity: ParityReport, path: Path, fail: float) -> None:
+    if not parity.passed:
+        raise ParityError(
+            f"The ONNX file for '{path}' does not compute what PyTorch computes: relative difference "
+            f"{parity.max_rel:.3g} over {parity.num_inputs} inputs, expected at most {fail:g}. The file was not kept. "
+            "Try another exporter or opset; if the model before pruning differs as much, pass a larger fail=."
+        )
+
+
+def _publish(folder: Path, path: Path) -> Path | None:
+    """Moves the finished files to their place, the one that refers to the other last."""
+    data_path = _data_path(path)
+    has_data = (folder / data_path.name).exists()
+    if has_data:
+        (folder / data_path.name).replace(data_path)
+    (folder / path.name).replace(path)
+    return data_path if has_data else None
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(path.name + ".data")

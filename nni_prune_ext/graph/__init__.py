@@ -1,0 +1,1 @@
+"""Which channels hang together: channel labels followed through one forward pass."""

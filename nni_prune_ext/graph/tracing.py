@@ -1,0 +1,284 @@
+"""One forward pass in which every tensor carries the labels of its channels.
+
+Torch calls are intercepted (``TorchFunctionMode``); each is executed as it is, and a rule says what it does to labels.
+Operations that only move data are simply executed a second time on the labels, so views, transposes, slices, windows,
+shuffles and concatenations need no index arithmetic of ours. A call without a rule protects the channels that enter it:
+what is not understood is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from nni_prune_ext.errors import TraceError
+from nni_prune_ext.graph.label_book import LabelBook, Labels, Role
+from nni_prune_ext.inputs import ExampleInputs, call_model, tensors_in
+
+Arguments = tuple[object, ...]
+Keywords = Mapping[str, object]
+Rule = Callable[["ChannelTracer", Callable[..., object], Arguments, Keywords, object], None]
+
+RULES: dict[str, Rule] = {}
+"""Name of a torch function → what it does to labels. Filled by the ``rules_*`` modules of this package."""
+
+_ATTRIBUTE = "_channel_labels"
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers one rule for several torch function names."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            assert name not in RULES, name
+            RULES[name] = function
+        return function
+
+    return register
+
+
+@dataclass
+class ChannelPad:
+    """A padding or reduction that adds channels which no layer writes, seen inside ``module``."""
+
+    module: str
+
+
+@dataclass
+class Trace:
+    """What one traced forward pass has found out."""
+
+    book: LabelBook
+    statistics_over_channels: dict[str, None] = field(default_factory=dict)
+    """Modules (in call order) that normalise over channels: their silenced form needs the survivors only."""
+    channel_pads: dict[str, None] = field(default_factory=dict)
+    """Innermost modules that append constant channels to written ones."""
+    visited: set[str] = field(default_factory=set)
+    """Names of the tensors that took part in the forward pass."""
+    output: object = None
+
+
+class ChannelTracer(TorchFunctionMode):
+    """Follows channel labels; use :func:`trace_channels`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace(LabelBook())
+        self._model_device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._names = {id(tensor): name for name, tensor in model.named_parameters()}
+        self._names |= {id(tensor): name for name, tensor in model.named_buffers()}
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._stack: list[str] = []
+
+    # -- where we are ------------------------------------------------------------------------------------------
+
+    @property
+    def book(self) -> LabelBook:
+        """The labels found so far."""
+        return self.trace.book
+
+    @property
+    def module(self) -> str:
+        """Name of the innermost module whose forward is running."""
+        return self._stack[-1] if self._stack else ""
+
+    @property
+    def place(self) -> str:
+        """The innermost module, for messages."""
+        return f"'{self.module}'" if self.module else "the model's own forward"
+
+    def name_of(self, tensor: object) -> str | None:
+        """Returns the name of a parameter or buffer of the model, ``None`` for any other tensor."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            self.trace.visited.add(name)
+        return name
+
+    # -- labels of tensors -------------------------------------------------------------------------------------
+
+    def labels_of(self, tensor: Tensor) -> Tensor | None:
+        """Returns the labels of a tensor, shape and strides like it, or ``None`` where it has no channel.
+
+        A parameter or buffer with exactly one dimension larger than 1 gets labels of its own along that one.
+        """
+        found = getattr(tensor, _ATTRIBUTE, None)
+        if found is not None:
+            assert isinstance(found, Tensor)
+            return found
+        name = self.name_of(tensor)
+        wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        if name is None or len(wide) != 1:
+            return None
+        vector = self.book.written(name, wide[0], tensor.shape[wide[0]], Role.PARAMETER)
+        return spread(vector, wide[0], tensor.shape)
+
+    def set_labels(self, tensor: object, labels: Tensor | None) -> None:
+        """Attaches labels to a result; ``None`` clears them."""
+        if not isinstance(tensor, Tensor) or id(tensor) in self._names:
+            return
+        if labels is None:
+            if hasattr(tensor, _ATTRIBUTE):
+                delattr(tensor, _ATTRIBUTE)
+            return
+        assert labels.shape == tensor.shape, (labels.shape, tensor.shape)
+        setattr(tensor, _ATTRIBUTE, labels)
+
+    def set_vector(self, tensor: object, vector: Labels | None, dim: int) -> None:
+        """Attaches one label per index of ``dim``, the same at all other positions."""
+        if isinstance(tensor, Tensor):
+            labels = None if vector is None or not vector.any() else spread(vector, dim, tensor.shape)
+            self.set_labels(tensor, labels)
+
+    def vector(self, tensor: Tensor, dim: int, what: str) -> Labels | None:
+        """Returns the labels along ``dim``, or ``None`` if there are none.
+
+        Labels that also change along another dimension do not form channels here: they are frozen.
+        """
+        labels = self.labels_of(tensor)
+        if labels is None:
+            return None
+        dim %= tensor.dim()
+        for other in range(tensor.dim()):
+            if other != dim and self.varies(labels, other):
+                self.freeze(labels, f"{what} in {self.place} sees channels in more than one dimension")
+                return None
+        return numpy_labels(labels[tuple(slice(None) if d == dim else 0 for d in range(labels.dim()))])
+
+    def varies(self, labels: Tensor, dim: int) -> bool:
+        """Says whether the labels differ along ``dim``."""
+        if labels.shape[dim] <= 1 or labels.stride(dim) == 0:
+            return False
+        small = thin(labels)
+        if small.shape[dim] <= 1:
+            return False
+        found = self.book.find(numpy_labels(small))
+        return bool((found != np.take(found, [0], axis=dim)).any())
+
+    def freeze(self, labels: Tensor | None, reason: str) -> None:
+        """Protects every channel in ``labels``."""
+        if labels is not None:
+            self.book.freeze(np.unique(numpy_labels(thin(labels))), reason)
+
+    def freeze_arguments(self, args: object, reason: str) -> None:
+        """Protects every channel of every tensor in nested arguments."""
+        for tensor in tensors_in(args):
+            self.freeze(self.labels_of(tensor), reason)
+
+    # -- the mode ----------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> object:
+        """Executes the call, then applies its rule to the labels."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", repr(func))
+        if name == "__get__":
+            name = f"get {getattr(getattr(func, '__self__', None), '__name__', '?')}"
+        handler = RULES.get(name)
+        before = BEFORE.get(name)
+        if before is not None:
+            before(self, func, args, kwargs, None)
+        result = func(*args, **kwargs)
+        if handler is not None:
+            handler(self, func, args, kwargs, result)
+        elif any(True for _ in tensors_in(result)):
+            self.freeze_arguments((args, dict(kwargs)), f"'{name}' in {self.place} is not followed")
+            for tensor in tensors_in(result):
+                if not any(tensor is given for given in tensors_in(args)):
+                    self.set_labels(tensor, None)
+        return result
+
+    @contextmanager
+    def module_stack(self) -> Iterator[None]:
+        """Keeps track of the running module while the context is open."""
+
+        def enter(module: nn.Module, _: object) -> None:
+            name = self._modules.get(id(module))
+            if name is not None:
+                self._stack.append(name)
+
+        def leave(module: nn.Module, _: object, __: object) -> None:
+            if self._stack and id(module) in self._modules:
+                self._stack.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._stack.clear()
+
+
+BEFORE: dict[str, Rule] = {}
+"""Rules that must see the arguments before the call changes them (in-place writes)."""
+
+
+def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
+    """Runs the model once on the example inputs and returns what was learnt about its channels.
+
+    The model is expected in evaluation mode; the caller restores modes and random state.
+
+    Raises:
+        ModelError: the forward pass raised.
+        TraceError: the model returned no tensor.
+    """
+    tracer = ChannelTracer(model)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), tracer.module_stack(), tracer:
+            output = call_model(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    tensors = list(tensors_in(output))
+    if not tensors:
+        raise TraceError(
+            f"{type(model).__name__} returned {type(output).__name__} without a tensor, so its channels cannot be "
+            "followed. Wrap it in a module that returns a tensor, or a tuple, list or dict of tensors."
+        )
+    for tensor in tensors:
+        tracer.freeze(tracer.labels_of(tensor), "reaches the model's output")
+    tracer.trace.output = output
+    return tracer.trace
+
+
+def spread(vector: Labels, dim: int, shape: Sequence[int]) -> Tensor:
+    """Returns ``vector`` laid along ``dim`` of a tensor of ``shape``, without copying."""
+    view = [1] * len(shape)
+    view[dim] = -1
+    return torch.from_numpy(vector).view(view).expand(tuple(shape))
+
+
+def thin(labels: Tensor) -> Tensor:
+    """Returns the labels with every dimension that is merely expanded (stride 0) cut to length 1."""
+    index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in labels.stride())
+    return labels[index]
+
+
+def numpy_labels(labels: Tensor) -> Labels:
+    """Returns labels as an integer array."""
+    array: Labels = labels.detach().cpu().numpy()
+    return array
+
+
+def argument(args: Arguments, kwargs: Keywords, position: int, name: str, default: object = None) -> object:
+    """Returns an argument given by position or by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def tensor_argument(args: Arguments, kwargs: Keywords, position: int, name: str) -> Tensor | None:
+    """Returns a tensor argument, ``None`` if it is absent."""
+    value = argument(args, kwargs, position, name)
+    return value if isinstance(value, Tensor) else None

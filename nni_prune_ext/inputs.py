@@ -1,0 +1,92 @@
+"""Example inputs: how a model is called when all we hold is what the user would pass to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from nni_prune_ext.errors import ModelError
+
+ExampleInputs: TypeAlias = Tensor | tuple[object, ...] | list[object] | dict[str, object]
+"""A tensor or list is one positional argument, a tuple all positional arguments, a dict the keyword arguments."""
+
+
+def call_model(model: nn.Module, example_inputs: ExampleInputs) -> object:
+    """Calls ``model`` with the example inputs and returns whatever it returns.
+
+    Raises:
+        ModelError: the forward pass raised; the original error is chained.
+    """
+    try:
+        if isinstance(example_inputs, dict):
+            return model(**example_inputs)
+        if isinstance(example_inputs, tuple):
+            return model(*example_inputs)
+        return model(example_inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError, AttributeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run on the example inputs ({describe(example_inputs)}): "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Pass a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments that model(...) accepts."
+        ) from error
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yields every tensor inside nested tuples, lists, mappings and objects with a ``to_tuple``, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def map_tensors(value: ExampleInputs, change: object) -> ExampleInputs:
+    """Returns the same nesting with ``change(tensor)`` in the place of every tensor."""
+    assert callable(change)
+    return cast("ExampleInputs", _map(value, change))
+
+
+def describe(value: object) -> str:
+    """Says the shapes of all tensors inside ``value``, for error messages."""
+    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(value)]
+    return ", ".join(shapes) or f"no tensor in {type(value).__name__}"
+
+
+def random_like(example_inputs: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
+    """Returns inputs of the same shapes: floats drawn from a standard normal, integers shuffled.
+
+    Args:
+        generator: a CPU generator; tensors are moved to the device of the example.
+    """
+
+    def draw(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return tensor.reshape(-1)[order].reshape(tensor.shape)
+
+    return map_tensors(example_inputs, draw)
+
+
+def cast_floats(example_inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+    """Returns the inputs with every floating tensor in ``dtype``."""
+    return map_tensors(example_inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def _map(value: object, change: object) -> object:
+    assert callable(change)
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_map(item, change) for item in value)
+    if isinstance(value, list):
+        return [_map(item, change) for item in value]
+    return value

@@ -1,0 +1,173 @@
+"""Baseline criteria: L1, L2, FPGM, Taylor and random, in one shot or in steps along a schedule.
+
+* L1: Li et al., "Pruning Filters for Efficient ConvNets", 2017, https://arxiv.org/abs/1608.08710
+* L2: the same with the Euclidean norm
+* FPGM: He et al., "Filter Pruning via Geometric Median", 2019, https://arxiv.org/abs/1811.00250
+* Taylor: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019, https://arxiv.org/abs/1906.10771
+* random: a seeded uniform score, the baseline that every criterion must beat
+
+Departures from the papers: scores are averaged over all weights that hold a channel (its writers, depthwise filters and
+consumers), each normalised by its own mean, because coupled layers must agree; ratios per layer come from one global
+ranking (or one uniform ratio) under a cost target instead of being set by hand; Taylor is read at a gate seen by the
+consumers, which is valid in front of batch norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from nni_prune_ext.errors import PluginError
+from nni_prune_ext.methods.base import MethodContext, MethodSpec, Outcome, Phase, PruningMethod
+from nni_prune_ext.plan import PruningPlan, plan_from_channels
+from nni_prune_ext.registry import load_plugin
+from nni_prune_ext.schedules import RatioPolicy, Schedule, SchedulerSpec
+from nni_prune_ext.scoring.gradient_statistics import gate_gradients
+from nni_prune_ext.scoring.group_reduction import group_importance
+from nni_prune_ext.scoring.weight_norms import geometric_median_distance, l1_norm, l2_norm, slice_rows
+
+Scores = Mapping[str, Tensor]
+
+
+class BaselineOptions(BaseModel):
+    """Options of every baseline.
+
+    Attributes:
+        steps: number of cuts on the way to the target.
+        schedule: registered schedule that says how far each cut goes.
+        epochs_per_step: training epochs after every cut but the last (recovery follows the last one).
+        ratio_policy: registered ratio policy; ``None`` ranks the scores of all groups together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(1, ge=1)
+    schedule: str = "one_shot"
+    epochs_per_step: int = Field(0, ge=0)
+    ratio_policy: str | None = None
+
+
+class TaylorOptions(BaselineOptions):
+    """Options of the Taylor baseline: ``batches`` training batches are averaged per score."""
+
+    batches: int = Field(8, ge=1)
+
+
+class CriterionPruning(PruningMethod):
+    """Cuts the channels with the lowest scores, in one step or several."""
+
+    def __init__(self, options: BaselineOptions, criterion: Callable[[MethodContext], Scores]) -> None:
+        self.options = options
+        self.criterion = criterion
+        self._ratios: dict[str, float] = {}
+
+    def phases(self) -> Sequence[Phase]:
+        """Returns one phase per cut; training follows every cut but the last."""
+        steps = self.options.steps
+        return [Phase(f"cut {k}", self.options.epochs_per_step if k < steps else 0) for k in range(1, steps + 1)]
+
+    def start(self, context: MethodContext, phase: Phase) -> None:
+        """Cuts up to the schedule's fraction of the target; the last cut is left to ``finish``."""
+        step = int(phase.name.split()[1])
+        if step < self.options.steps:
+            context.apply(self._plan(context, step))
+
+    def finish(self, context: MethodContext) -> Outcome:
+        """Plans the last cut."""
+        plan = self._plan(context, self.options.steps)
+        return Outcome(plan)
+
+    def _plan(self, context: MethodContext, step: int) -> PruningPlan:
+        schedule = cast("Schedule", _scheduler(self.options.schedule, "schedule"))
+        fraction = schedule(step / self.options.steps)
+        if fraction <= 0:
+            return plan_from_channels(context.groups, {})
+        ratios = self._policy(context, step) if self.options.ratio_policy else None
+        allocation = context.allocate(self.criterion(context), fraction=fraction, ratios=ratios)
+        self._ratios = {g.name: 1 - allocation.kept[g.name] / g.num_channels for g in context.groups}
+        return allocation.plan
+
+    def _policy(self, context: MethodContext, step: int) -> Mapping[str, float]:
+        policy = cast("RatioPolicy", _scheduler(cast("str", self.options.ratio_policy), "ratio_policy"))
+        return policy(group_rows(context), self._ratios, step / self.options.steps)
+
+
+def weight_criterion(rule: Callable[[Tensor], Tensor], context: MethodContext) -> Scores:
+    """Scores every group from its weights alone."""
+    tensors = dict(context.model.named_parameters())
+    tensors |= dict(context.model.named_buffers())  # type: ignore[arg-type]
+    return {group.name: group_importance(group, tensors, rule) for group in context.groups}
+
+
+def random_criterion(context: MethodContext) -> Scores:
+    """Scores every channel with a number drawn from the context's seed."""
+    generator = torch.Generator().manual_seed(context.seed)
+    return {group.name: torch.rand(group.num_channels, generator=generator) for group in context.groups}
+
+
+def taylor_criterion(options: TaylorOptions, context: MethodContext) -> Scores:
+    """Scores every channel with the mean magnitude of its gate gradient over a few training batches."""
+    tensors: dict[str, Tensor] = dict(context.model.named_parameters())
+    training = {name: module.training for name, module in context.model.named_modules()}
+    required = {name: p.requires_grad for name, p in context.model.named_parameters()}
+    totals = {group.name: torch.zeros(group.num_channels) for group in context.groups}
+    context.model.eval().requires_grad_(True)
+    try:
+        for batch in context.batches(options.batches):
+            context.model.zero_grad(set_to_none=True)
+            context.task_loss(batch).backward()  # type: ignore[no-untyped-call]
+            for group in context.groups:
+                totals[group.name] += gate_gradients(group, tensors).abs() / options.batches
+    finally:
+        context.model.zero_grad(set_to_none=True)
+        for name, module in context.model.named_modules():
+            module.training = training[name]
+        for name, parameter in context.model.named_parameters():
+            parameter.requires_grad_(required[name])
+    return totals
+
+
+def group_rows(context: MethodContext) -> dict[str, list[Tensor]]:
+    """Returns, per group, one ``(num_channels, K)`` tensor per writing layer, for ratio policies."""
+    tensors = dict(context.model.named_parameters())
+    result: dict[str, list[Tensor]] = {}
+    for group in context.groups:
+        rows = []
+        for member in group.members:
+            counts = torch.bincount(torch.from_numpy(member.channel), minlength=group.num_channels)
+            if member.role.value == "writer" and member.tensor in tensors and bool((counts == counts[0]).all()):
+                order = torch.from_numpy(member.channel).argsort(stable=True)
+                picked = slice_rows(tensors[member.tensor], member.dim)[torch.from_numpy(member.index)[order]]
+                rows.append(picked.reshape(group.num_channels, -1))
+        result[group.name] = rows
+    return result
+
+
+def _scheduler(name: str, kind: str) -> object:
+    spec = load_plugin("schedulers", name)
+    if not isinstance(spec, SchedulerSpec) or spec.kind != kind:
+        found = spec.kind if isinstance(spec, SchedulerSpec) else type(spec).__name__
+        raise PluginError(
+            f"The scheduler '{name}' is a {found}, expected a {kind}. `nni-prune-ext list` shows the kind of each scheduler."
+        )
+    return spec.build()
+
+
+def _baseline(name: str, summary: str, reference: str, rule: Callable[[MethodContext], Scores]) -> MethodSpec:
+    return MethodSpec(name, summary, reference, BaselineOptions, lambda options: CriterionPruning(options, rule))
+
+
+L1 = _baseline("l1", "smallest mean magnitude goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l1_norm))
+L2 = _baseline("l2", "smallest root mean square goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l2_norm))
+FPGM = _baseline("fpgm", "filters nearest to the geometric median go first", "https://arxiv.org/abs/1811.00250",
+                 partial(weight_criterion, geometric_median_distance))
+RANDOM = _baseline("random", "a seeded draw: the baseline to beat", "none", random_criterion)
+TAYLOR = MethodSpec(
+    "taylor", "smallest first-order effect on the loss goes first", "https://arxiv.org/abs/1906.10771", TaylorOptions,
+    lambda options: CriterionPruning(options, partial(taylor_criterion, options)), needs_data=True,
+)

@@ -1,0 +1,203 @@
+"""The main job: a model and example inputs go in, a certified compact model comes out.
+
+groups → method → plan → certified removal → recovery. Deployment (ONNX, parity, measurement) follows in ``deployment``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from pydantic import BaseModel, ValidationError
+from torch import nn
+
+from nni_prune_ext.allocation import Achieved, CostModel, Limits, Reference, Scope, Target, check_feasible
+from nni_prune_ext.certificate import Certificate, certify_plan, remove_channels, verify_groups
+from nni_prune_ext.costs import Costs, count_costs
+from nni_prune_ext.errors import CertificateError, ConfigError, PluginError
+from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
+from nni_prune_ext.inputs import ExampleInputs
+from nni_prune_ext.methods.base import MethodSpec, Outcome
+from nni_prune_ext.plan import PruningPlan, removed_channels
+from nni_prune_ext.registry import load_plugin
+from nni_prune_ext.training import (
+    Batches,
+    EpochLog,
+    LossFunction,
+    MethodRun,
+    TrainingSettings,
+    cross_entropy,
+    drive,
+    fit,
+    recalibrate_batchnorm,
+)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A compact model and everything that is known about how it came to be.
+
+    Attributes:
+        model: the compact model, recovered if recovery was asked for.
+        plan: all removed channels in the coordinates of the original model.
+        certificate: proof for the whole plan on the original architecture.
+        groups: the channel groups that were open to pruning, and the protected layers with reasons.
+        dense: costs of the original model.
+        costs: costs of the compact model, counted (not predicted).
+        achieved: every target, asked and reached.
+        removed_only: the compact model as it was right after the cut, before any recovery.
+        outcome: what the method handed over (weight masks, a gated model, facts).
+        logs: one entry per training epoch of method and recovery.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    certificate: Certificate | None
+    groups: ChannelGroups
+    dense: Costs
+    costs: Costs
+    achieved: tuple[Achieved, ...]
+    removed_only: nn.Module
+    outcome: Outcome
+    logs: tuple[EpochLog, ...]
+    method: str
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    method: str = "l1",
+    target: str | Target | Sequence[str | Target] = "macs=0.5",
+    options: Mapping[str, object] | None = None,
+    limits: Limits | None = None,
+    scope: Scope = "global",
+    train_batches: Batches | None = None,
+    loss: LossFunction = cross_entropy,
+    recover_epochs: int = 0,
+    settings: TrainingSettings | None = None,
+    groups: ChannelGroups | None = None,
+    seed: int = 0,
+) -> PruneResult:
+    """Prunes a copy of a model to one or several targets and certifies the removal.
+
+    Args:
+        method: a registered pruner.
+        target: for example ``"macs=0.5"``, or several that must all be met.
+        options: configuration of the method.
+        scope: ``global`` ranks all groups together, ``local`` prunes all at one ratio.
+        train_batches: needed by data-driven methods, for BN recalibration and for recovery.
+        loss: the user's loss of a model on a batch.
+        recover_epochs: epochs of training after the cut.
+        groups: verified groups from an earlier call, to save the trace and the trial.
+        seed: of everything random.
+
+    Returns:
+        the compact model with plan, certificate, costs and logs; the given model is not changed.
+
+    Raises:
+        UnknownPluginError: no such method.
+        ConfigError: options out of range, or data missing that the method or the recovery needs.
+        TargetError: the target is out of range or cannot be reached.
+        CertificateError: the final plan is not exact.
+    """
+    spec = method_spec(method)
+    targets = parse_targets(target)
+    settings = settings or TrainingSettings()
+    if train_batches is None and (spec.needs_data or recover_epochs):
+        what = f"The method '{method}'" if spec.needs_data else f"Recovery over {recover_epochs} epochs"
+        raise ConfigError(f"{what} needs training data, none was given. Pass train_batches (CLI: --data).")
+    built = spec.build(method_options(spec, options))
+    groups = groups or verify_groups(model, example_inputs, trace_channel_groups(model, example_inputs), seed=seed)
+    dense = count_costs(model, example_inputs)
+    cost_model = CostModel.of(model, groups, dense)
+    check_feasible(cost_model, targets, limits)
+    run = MethodRun(
+        model=copy.deepcopy(model), batches_=train_batches or (), loss=loss, settings=settings, groups=groups,
+        example_inputs=example_inputs, targets=targets, limits=limits or Limits(), scope=scope, seed=seed,
+    )
+    outcome = drive(built, run)
+    removal = remove_channels(run.model, outcome.plan, example_inputs, groups=run.groups, seed=seed)
+    plan = outcome.plan if run.applied is None else run.applied.then(outcome.plan)
+    certificate = removal.certificate
+    if run.applied is not None:
+        certificate = certify_plan(model, plan, example_inputs, groups=groups, seed=seed)
+        if not certificate.exact:
+            raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
+    compact = copy.deepcopy(removal.model)
+    logs = list(run.logs)
+    if train_batches is not None:
+        recalibrate_batchnorm(compact, train_batches)
+        if recover_epochs:
+            logs += [replace(log, phase="recovery") for log in fit(
+                compact, train_batches, epochs=recover_epochs, settings=settings, loss=loss)]
+    costs = count_costs(compact, example_inputs)
+    return PruneResult(
+        model=compact, plan=plan, certificate=certificate, groups=groups, dense=dense, costs=costs,
+        achieved=achieved_targets(targets, cost_model, plan, costs), removed_only=removal.model, outcome=outcome,
+        logs=tuple(logs), method=method,
+    )
+
+
+def method_spec(name: str) -> MethodSpec:
+    """Returns the registered method.
+
+    Raises:
+        UnknownPluginError: no such name.
+        PluginError: what is registered is not a :class:`MethodSpec`.
+    """
+    spec = load_plugin("pruners", name)
+    if not isinstance(spec, MethodSpec):
+        raise PluginError(
+            f"The pruner '{name}' is a {type(spec).__name__}, expected a MethodSpec. See docs/how-to/write_a_method.md."
+        )
+    return spec
+
+
+def method_options(spec: MethodSpec, options: Mapping[str, object] | None) -> BaseModel:
+    """Checks the options of a method.
+
+    Raises:
+        ConfigError: an unknown option or a value out of range.
+    """
+    try:
+        return spec.options.model_validate(dict(options or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        known = ", ".join(spec.options.model_fields) or "none"
+        raise ConfigError(
+            f"Option '{name}' of method '{spec.name}' is {first['input']!r}: {first['msg']}. Known options: {known}."
+        ) from error
+
+
+def parse_targets(target: str | Target | Sequence[str | Target]) -> tuple[Target, ...]:
+    """Returns the targets as a tuple, checked."""
+    given = [target] if isinstance(target, (str, Target)) else list(target)
+    targets = tuple(Target.parse(t) if isinstance(t, str) else t for t in given)
+    for one in targets:
+        one.check()
+    return targets
+
+
+def achieved_targets(
+    targets: Sequence[Target], cost_model: CostModel, plan: PruningPlan, costs: Costs
+) -> tuple[Achieved, ...]:
+    """States asked and achieved per target from the counted costs of the compact model."""
+    reference = Reference.of(cost_model)
+    total = sum(reference.widths.values())
+    counted: dict[str, float] = {key: float(value) for key, value in costs.as_dict().items()}
+    counted["ratio"] = _removed_share(plan, cost_model.groups, total)
+    return tuple(
+        Achieved(t, cast("float", reference.costs.get(t.metric, 0.0)), t.bound(reference.costs.get(t.metric, 0.0)),
+                 counted[t.metric])
+        for t in targets
+    )
+
+
+def _removed_share(plan: PruningPlan, groups: ChannelGroups, total: int) -> float:
+    gone = sum(int(mask.sum()) for mask in removed_channels(plan, groups).values())
+    return gone / total if total else 0.0
+

@@ -1,0 +1,1 @@
+"""The programs that run a model, one file each, behind one protocol (see ``base.py``)."""

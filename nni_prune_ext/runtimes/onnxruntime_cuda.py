@@ -1,0 +1,26 @@
+"""ONNX Runtime with CUDA: NVIDIA GPUs, kernels of cuDNN."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from nni_prune_ext.runtimes.base import Availability, InferenceSession, Precision, RunnableModel
+from nni_prune_ext.runtimes.onnxruntime_availability import provider_availability
+from nni_prune_ext.runtimes.onnxruntime_session import CUDA, CUDA_OPTIONS, ProviderOptions, open_session
+
+
+class OnnxRuntimeCuda:
+    """Runs ONNX files with the CUDA provider, in true float32 (no TF32) or in fp16."""
+
+    name = "onnxruntime_cuda"
+
+    def availability(self) -> Availability:
+        """Says whether the build, the driver and the CUDA libraries are there."""
+        return provider_availability(CUDA)
+
+    def session(
+        self, source: RunnableModel, *, threads: int | None = 1, precision: Precision = "fp32"
+    ) -> AbstractContextManager[InferenceSession]:
+        """Loads an ONNX file; see `InferenceRuntime.session`."""
+        providers: ProviderOptions = {CUDA: CUDA_OPTIONS}
+        return open_session(self, source, providers, threads=threads, half_precision_file=precision == "fp16")

@@ -1,0 +1,129 @@
+"""WHEN and HOW MUCH: three kinds of schedulers, one definition for every host.
+
+* a *schedule* maps progress (0–1) to the fraction of the target that is reached by then;
+* a *ratio policy* says how the pruning ratio differs from group to group;
+* a *mask update rule* limits how a mask may change from one step to the next.
+
+All three are registered under ``nni_prune_ext.schedulers`` as a :class:`SchedulerSpec`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SchedulerKind = Literal["schedule", "ratio_policy", "mask_update_rule"]
+
+
+class Schedule(Protocol):
+    """Progress → fraction of the target; 0 at 0, exactly 1 at 1, never falling."""
+
+    def __call__(self, progress: float) -> float:
+        """Returns the fraction reached at ``progress``, both in 0–1."""
+
+
+class RatioPolicy(Protocol):
+    """Says how strongly each group is pruned relative to the others."""
+
+    def __call__(
+        self, weights: Mapping[str, Sequence[Tensor]], previous: Mapping[str, float], progress: float
+    ) -> Mapping[str, float]:
+        """Returns one relative ratio per group; only their proportions count, the target sets the scale.
+
+        Args:
+            weights: group → one ``(num_channels, weights per channel)`` tensor per layer that writes the group.
+            previous: group → pruning ratio (0–1) after the last step, 0 at the start.
+            progress: 0–1.
+        """
+
+
+class MaskUpdateRule(Protocol):
+    """Limits how much of a mask may change in one step."""
+
+    def __call__(self, old: Tensor, proposed: Tensor, scores: Tensor, progress: float) -> Tensor:
+        """Returns the mask to use, with as many channels kept as in ``proposed``.
+
+        Args:
+            old: ``(C,)`` bool, the mask in use, ``True`` = kept.
+            proposed: ``(C,)`` bool, the mask that the scores ask for.
+            scores: ``(C,)`` float, higher = keep.
+            progress: 0–1.
+        """
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """What is registered: the kind of a scheduler, one sentence about it, and how to make a fresh one."""
+
+    kind: SchedulerKind
+    summary: str
+    build: Callable[[], Schedule | RatioPolicy | MaskUpdateRule]
+
+
+def one_shot(progress: float) -> float:
+    """Returns 1 as soon as anything is to be pruned."""
+    return 1.0 if progress > 0 else 0.0
+
+
+def linear(progress: float) -> float:
+    """Returns the progress itself."""
+    return progress
+
+
+def agp(progress: float) -> float:
+    """Returns the cubic schedule of AGP (Zhu & Gupta, "To prune, or not to prune", 2017, https://arxiv.org/abs/1710.01878)."""
+    return 1.0 - (1.0 - progress) ** 3
+
+
+def cosine(progress: float) -> float:
+    """Returns half a cosine wave: slow at both ends."""
+    return 0.5 * (1.0 - math.cos(math.pi * progress))
+
+
+def asfp(progress: float) -> float:
+    """Returns the exponential schedule of ASFP, through (0, 0), (1/8, 3/4) and (1, 1).
+
+    He et al., "Asymptotic Soft Filter Pruning", 2019, https://arxiv.org/abs/1808.07471.
+    """
+    rate = _asfp_rate()
+    return math.expm1(-rate * progress) / math.expm1(-rate)
+
+
+def uniform_ratio(
+    weights: Mapping[str, Sequence[Tensor]], previous: Mapping[str, float], progress: float
+) -> Mapping[str, float]:
+    """Returns the same ratio for every group."""
+    return dict.fromkeys(weights, 1.0)
+
+
+def replace_mask(old: Tensor, proposed: Tensor, scores: Tensor, progress: float) -> Tensor:
+    """Returns the proposed mask: no restriction."""
+    return proposed
+
+
+@cache
+def _asfp_rate() -> float:
+    """Returns the k with (1 − e^(−k/8)) / (1 − e^(−k)) = 3/4, by bisection."""
+    low, high = 1.0, 20.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if math.expm1(-middle / 8) / math.expm1(-middle) < 0.75:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+ONE_SHOT = SchedulerSpec("schedule", "the whole target in the first step", lambda: one_shot)
+LINEAR = SchedulerSpec("schedule", "equal shares per step", lambda: linear)
+AGP = SchedulerSpec("schedule", "cubic: fast first, slow at the end (Zhu & Gupta 2017)", lambda: agp)
+COSINE = SchedulerSpec("schedule", "slow at both ends", lambda: cosine)
+ASFP = SchedulerSpec("schedule", "exponential: three quarters in the first eighth (ASFP 2019)", lambda: asfp)
+UNIFORM_RATIO = SchedulerSpec("ratio_policy", "the same pruning ratio in every group", lambda: uniform_ratio)
+REPLACE = SchedulerSpec("mask_update_rule", "every step takes the mask that the scores ask for", lambda: replace_mask)
