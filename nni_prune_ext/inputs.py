@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import TypeAlias, cast
 
 import torch
@@ -29,13 +30,13 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> object:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError, AttributeError) as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the example inputs ({describe(example_inputs)}): "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Pass a tensor, a tuple of positional "
-            "arguments or a dict of keyword arguments that model(...) accepts."
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Expected inputs that model(...) accepts: pass a "
+            "tensor, a tuple of positional arguments or a dict of keyword arguments."
         ) from error
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yields every tensor inside nested tuples, lists, mappings and objects with a ``to_tuple``, in order."""
+    """Yields every tensor inside nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -44,11 +45,13 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from tensors_in(getattr(value, part.name))
 
 
-def map_tensors(value: ExampleInputs, change: object) -> ExampleInputs:
+def map_tensors(value: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
     """Returns the same nesting with ``change(tensor)`` in the place of every tensor."""
-    assert callable(change)
     return cast("ExampleInputs", _map(value, change))
 
 
@@ -59,7 +62,9 @@ def describe(value: object) -> str:
 
 
 def random_like(example_inputs: ExampleInputs, generator: torch.Generator) -> ExampleInputs:
-    """Returns inputs of the same shapes: floats drawn from a standard normal, integers shuffled.
+    """Returns inputs of the same shapes: floats from a standard normal, integers from the range seen, flags shuffled.
+
+    Flags are tensors with at most two different values, such as masks: how many are set stays as it is.
 
     Args:
         generator: a CPU generator; tensors are moved to the device of the example.
@@ -68,6 +73,11 @@ def random_like(example_inputs: ExampleInputs, generator: torch.Generator) -> Ex
     def draw(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
             return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
+        if tensor.is_complex():
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.complex128).to(tensor.dtype).to(tensor.device)
+        if tensor.dtype is not torch.bool and tensor.unique().numel() > 2:
+            low, high = int(tensor.min()), int(tensor.max())
+            return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.dtype).to(tensor.device)
         order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
         return tensor.reshape(-1)[order].reshape(tensor.shape)
 
@@ -79,8 +89,7 @@ def cast_floats(example_inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInp
     return map_tensors(example_inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def _map(value: object, change: object) -> object:
-    assert callable(change)
+def _map(value: object, change: Callable[[Tensor], Tensor]) -> object:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

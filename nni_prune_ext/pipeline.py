@@ -201,3 +201,14 @@ def _removed_share(plan: PruningPlan, groups: ChannelGroups, total: int) -> floa
     gone = sum(int(mask.sum()) for mask in removed_channels(plan, groups).values())
     return gone / total if total else 0.0
 
+
+
+def checked_scope(scope: str) -> Scope:
+    """Returns the scope.
+
+    Raises:
+        ConfigError: it is neither ``global`` nor ``local``.
+    """
+    if scope not in ("global", "local"):
+        raise ConfigError(f"The scope is '{scope}', expected 'global' (one ranking) or 'local' (one ratio). Choose one.")
+    return cast("Scope", scope)

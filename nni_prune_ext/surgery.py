@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from nni_prune_ext.errors import PlanError
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
 from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.graph.model_copy import copy_model, named_tensors
 from nni_prune_ext.graph.rewrites import apply_rewrites
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.plan import Channels, PruningPlan, removed_channels
@@ -54,12 +55,18 @@ class Removal:
 
 
 def cut_channels(
-    model: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs, *, groups: ChannelGroups | None = None
+    model: nn.Module,
+    plan: PruningPlan,
+    example_inputs: ExampleInputs,
+    *,
+    groups: ChannelGroups | None = None,
+    share_others: bool = False,
 ) -> Removal:
     """Carries out a plan without proving it; prefer ``remove_channels``, which certifies.
 
     Args:
         groups: the traced groups, to save a second trace.
+        share_others: tensors that the plan does not cut are the given model's own: for copies that are only read.
 
     Returns:
         the removal; the given model is not changed.
@@ -69,14 +76,10 @@ def cut_channels(
     """
     groups = groups or trace_channel_groups(model, example_inputs)
     kept = kept_indices(plan, groups)
-    compact = apply_rewrites(model, plan.rewrites, example_inputs)
-    _slice_tensors(compact, kept)
-    depthwise = {m.tensor for group in groups for m in group.by_role(Role.DEPTHWISE)}
-    for name, module in compact.named_modules():
-        own = {f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
-        own |= {f"{name}.{key}" if name else key for key, _ in module.named_buffers(recurse=False)}
-        if own & kept.keys():
-            _update_attributes(module, depthwise=bool(own & depthwise))
+    rewritten = _rewritten(model, plan, example_inputs)
+    cut = {name: _sliced(tensor, kept[name]) for name, tensor in named_tensors(rewritten) if name in kept}
+    compact = copy_model(rewritten, cut, share_others=share_others)
+    _update_modules(compact, groups, kept)
     return Removal(compact, plan, kept, groups)
 
 
@@ -98,43 +101,51 @@ def kept_indices(plan: PruningPlan, groups: ChannelGroups) -> dict[str, dict[int
 
 
 def silence_channels(
-    model: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs, *, groups: ChannelGroups | None = None
+    model: nn.Module,
+    plan: PruningPlan,
+    example_inputs: ExampleInputs,
+    *,
+    groups: ChannelGroups | None = None,
+    share_others: bool = False,
 ) -> nn.Module:
     """Returns a copy of the full-size model to whose consumers the planned channels are silent.
 
-    All shapes stay. The columns that read a removed channel are zero, and modules that normalise over channels use the
-    surviving ones only. In evaluation mode it computes what the compact model computes.
+    All shapes stay. The columns that read a removed channel are zero, and norms over channels use the surviving ones
+    only. In evaluation mode it computes what the compact model computes.
+
+    Args:
+        groups: the traced groups, to save a second trace.
+        share_others: tensors that are not changed are the given model's own: for copies that are only read.
 
     Raises:
         PlanError: the plan was made for another model.
     """
     groups = groups or trace_channel_groups(model, example_inputs)
-    silent = apply_rewrites(model, plan.rewrites, example_inputs)
-    tensors: dict[str, Tensor] = {**dict(silent.named_parameters()), **dict(silent.named_buffers())}
-    survivors: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for group, gone in _pruned_groups(plan, groups):
-            for member in group.members:
-                tensor = tensors[member.tensor]
-                if member.role is Role.CONSUMER:
-                    positions = torch.from_numpy(member.index[gone[member.channel]]).to(tensor.device)
-                    tensor.index_fill_(member.dim, positions, 0)
-                elif member.role is Role.NORM:
-                    mask = torch.ones(tensor.shape[member.dim], dtype=torch.bool, device=tensor.device)
-                    mask[torch.from_numpy(member.index[gone[member.channel]]).to(tensor.device)] = False
-                    survivors[id(tensor)] = survivors.get(id(tensor), mask) & mask
-    for name in groups.statistics_over_channels:
-        module = silent.get_submodule(name)
-        masks = [survivors[id(p)] for p in module.parameters(recurse=False) if id(p) in survivors]
-        if masks and not bool(masks[0].all()):
-            _normalise_over_survivors(module, masks[0])
-    return silent
+    rewritten = _rewritten(model, plan, example_inputs)
+    tensors = dict(named_tensors(rewritten))
+    silent: dict[str, Tensor] = {}
+    survivors: dict[str, tuple[int, Tensor]] = {}
+    for group, gone in _pruned_groups(plan, groups):
+        for member in group.members:
+            tensor = tensors[member.tensor]
+            positions = torch.from_numpy(member.index[gone[member.channel]]).to(tensor.device)
+            if member.reads:
+                target = silent.setdefault(member.tensor, tensor.detach().clone())
+                target.index_fill_(member.dim, positions, 0)
+            elif member.role is Role.NORM:
+                everyone = torch.ones(tensor.shape[member.dim], dtype=torch.bool, device=tensor.device)
+                _, alive = survivors.setdefault(member.tensor, (member.dim, everyone))
+                alive[positions] = False
+    result = copy_model(rewritten, silent, share_others=share_others)
+    if survivors:
+        result.forward = _SurvivorForward(result, result.__dict__.get("forward"), survivors)
+    return result
 
 
 def remap_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, removal: Removal) -> None:
     """Moves an optimizer from the original model's parameters to the compact one's, state sliced alike.
 
-    Every state tensor with the shape of its parameter (momentum, moments) is cut like the parameter; scalars stay.
+    State tensors (momentum, moments) are cut like their parameter in every dimension in which they have its size.
 
     Args:
         optimizer: an optimizer over parameters of ``model``; changed in place.
@@ -149,19 +160,20 @@ def remap_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, removal:
                 continue
             new = compact[name]
             group["params"][position] = new
-            state = optimizer.state.pop(old, None)
-            if state is not None:
+            if old in optimizer.state:
+                state = optimizer.state.pop(old)
                 optimizer.state[new] = {
-                    key: _sliced(value, removal.kept.get(name, {}))
-                    if isinstance(value, Tensor) and value.shape == old.shape
-                    else value
-                    for key, value in state.items()
+                    key: _sliced_like(value, old, removal.kept.get(name, {})) for key, value in state.items()
                 }
 
 
 def slice_state(state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     """Returns a state dict cut like the model: for averaged weights, scores, and weights of the original."""
     return {name: _sliced(value, kept.get(name, {})) for name, value in state.items()}
+
+
+def _rewritten(model: nn.Module, plan: PruningPlan, example_inputs: ExampleInputs) -> nn.Module:
+    return apply_rewrites(model, plan.rewrites, example_inputs, share_tensors=True) if plan.rewrites else model
 
 
 def _pruned_groups(plan: PruningPlan, groups: ChannelGroups) -> Sequence[tuple[ChannelGroup, Channels]]:
@@ -173,25 +185,32 @@ def _sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     result = tensor.detach()
     for dim, index in kept.items():
         result = result.index_select(dim, index.to(tensor.device))
-    channels_last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    return result.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return result.clone(memory_format=_memory_format(tensor))
 
 
-def _slice_tensors(model: nn.Module, kept: Kept) -> None:
-    done: dict[int, Tensor] = {}
-    names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.dim())
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def _sliced_like(value: object, parameter: Tensor, kept: Mapping[int, Tensor]) -> object:
+    """Cuts one entry of an optimizer's state; numbers and tensors of another kind stay."""
+    if not isinstance(value, Tensor) or value.dim() != parameter.dim():
+        return value
+    return _sliced(value, {dim: index for dim, index in kept.items() if value.shape[dim] == parameter.shape[dim]})
+
+
+def _update_modules(model: nn.Module, groups: ChannelGroups, kept: Kept) -> None:
+    """Makes the size attributes of all layers that hold a cut tensor (also a tied one) agree with it."""
+    depthwise = {m.tensor for group in groups for m in group.by_role(Role.DEPTHWISE)}
+    names = {id(tensor): name for name, tensor in named_tensors(model)}
     for module in model.modules():
-        for key, parameter in list(module._parameters.items()):
-            if parameter is not None and names[id(parameter)] in kept:
-                if id(parameter) not in done:
-                    data = _sliced(parameter, kept[names[id(parameter)]])
-                    done[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                module._parameters[key] = cast("nn.Parameter", done[id(parameter)])
-        for key, buffer in list(module._buffers.items()):
-            if buffer is not None and names.get(id(buffer)) in kept:
-                if id(buffer) not in done:
-                    done[id(buffer)] = _sliced(buffer, kept[names[id(buffer)]])
-                module._buffers[key] = done[id(buffer)]
+        own = {names[id(t)] for t in [*module._parameters.values(), *module._buffers.values()] if t is not None}
+        if own & kept.keys():
+            _update_attributes(module, depthwise=bool(own & depthwise))
 
 
 def _update_attributes(module: nn.Module, *, depthwise: bool) -> None:
@@ -219,45 +238,58 @@ def _update_attributes(module: nn.Module, *, depthwise: bool) -> None:
         module.num_parameters = module.weight.shape[0]
 
 
-def _normalise_over_survivors(module: nn.Module, survivors: Tensor) -> None:
-    """Wraps the forward of one module so that its norm calls use the surviving channels only."""
-    forward = module.forward
+@dataclass
+class _SurvivorForward:
+    """The forward of a silenced model: norms over channels see the survivors only. Copies along with its model."""
 
-    def silenced(*args: object) -> object:
-        with _SurvivorStatistics(survivors):
-            return forward(*args)
+    model: nn.Module
+    inner: Callable[..., object] | None
+    survivors: Mapping[str, tuple[int, Tensor]]
 
-    module.forward = silenced
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        tensors = dict(named_tensors(self.model))
+        with _SurvivorStatistics({id(tensors[name]): entry for name, entry in self.survivors.items()}):
+            return self.inner(*args, **kwargs) if self.inner else type(self.model).forward(self.model, *args, **kwargs)
 
 
 class _SurvivorStatistics(TorchFunctionMode):
     """Computes layer, RMS and group norms over the surviving channels; removed positions come out as zero."""
 
-    def __init__(self, survivors: Tensor) -> None:
+    def __init__(self, survivors: Mapping[int, tuple[int, Tensor]]) -> None:
         super().__init__()
         self.survivors = survivors
 
     def __torch_function__(
-        self, func: Callable[..., object], types: Sequence[type], args: tuple[object, ...] = (),
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if name not in ("layer_norm", "rms_norm", "group_norm"):
+        keys = _NORMS.get(getattr(func, "__name__", ""))
+        if keys is None:
             return func(*args, **kwargs)
-        keys = {"group_norm": ("input", "num_groups", "weight", "bias", "eps"),
-                "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
-                "rms_norm": ("input", "normalized_shape", "weight", "eps")}[name]
         given = {**dict(zip(keys, args)), **kwargs}
-        x = cast("Tensor", given["input"])
-        dim = 1 if name == "group_norm" else x.dim() - len(cast("tuple[int, ...]", given["normalized_shape"]))
-        alive = self.survivors.nonzero().squeeze(1).to(x.device)
-        short = {key: None if given.get(key) is None else cast("Tensor", given[key])[alive] for key in keys if key in ("weight", "bias")}
-        given |= short
-        given["input"] = x.index_select(dim, alive)
-        if name != "group_norm":
-            given["normalized_shape"] = given["input"].shape[dim:]
-        out = cast("Tensor", func(**given))
-        return torch.zeros_like(x).index_copy_(dim, alive, out)
+        x, weight = cast("Tensor", given["input"]), given.get("weight")
+        dim, survivors = self.survivors.get(id(weight), (0, None))
+        if survivors is None or given.get("num_groups") == x.shape[1]:
+            return func(*args, **kwargs)
+        alive = survivors.nonzero().squeeze(1)
+        for key in ("weight", "bias"):
+            parameter = given.get(key)
+            if isinstance(parameter, Tensor):
+                given[key] = parameter.index_select(dim, alive)
+        place = 1 if "num_groups" in given else x.dim() - cast("Tensor", weight).dim() + dim
+        short = x.index_select(place, alive)
+        given["input"] = short
+        if "normalized_shape" in given:
+            given["normalized_shape"] = cast("Tensor", given["weight"]).shape
+        return torch.zeros_like(x).index_copy_(place, alive, cast("Tensor", func(**given)))
 
 
+_NORMS = {
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+}

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,7 @@ class GroupMember:
         role: what the tensor does with them.
         index: positions along ``dim``, ``(M,)``, ascending.
         channel: the channel of the group at each of these positions, ``(M,)``.
+        also_reads: the tensor is a consumer of the channels besides (an embedding tied to the last linear layer).
     """
 
     tensor: str
@@ -44,6 +44,12 @@ class GroupMember:
     role: Role
     index: Indices
     channel: Indices
+    also_reads: bool = False
+
+    @property
+    def reads(self) -> bool:
+        """Says whether a removed channel is silent once these positions of the tensor are zero."""
+        return self.role is Role.CONSUMER or self.also_reads
 
 
 @dataclass(frozen=True)
@@ -87,16 +93,17 @@ class ChannelGroups:
         groups: the groups that may be pruned, in forward order.
         protected: the layers that may not, with reasons.
         shapes: original shape of every parameter and buffer.
+        fingerprint: SHA-256 over shapes, rewrites and the traced role map, whatever is protected later: two models with
+            the same one take the same plans.
         rewrites: names of modules that are exactly rewritten before channels are removed.
-        statistics_over_channels: modules that normalise over the channels of a group.
         unreached: parameters that the forward pass never used; they stay as they are.
     """
 
     groups: tuple[ChannelGroup, ...]
     protected: tuple[Protected, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    fingerprint: str = ""
     rewrites: tuple[str, ...] = ()
-    statistics_over_channels: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ChannelGroup]:
@@ -126,24 +133,9 @@ class ChannelGroups:
         """Counts the prunable channels of all groups."""
         return sum(group.num_channels for group in self.groups)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Returns a SHA-256 over shapes and role maps: two models with the same one take the same plans."""
-        digest = hashlib.sha256()
-        digest.update(json.dumps([sorted(self.shapes.items()), self.rewrites]).encode())
-        for group in self.groups:
-            digest.update(group.name.encode())
-            for member in group.members:
-                digest.update(f"{member.tensor}/{member.dim}/{member.role.value}".encode())
-                digest.update(member.index.tobytes())
-                digest.update(member.channel.tobytes())
-        return digest.hexdigest()
-
     def protecting(self, reasons: Mapping[str, str]) -> ChannelGroups:
         """Returns the same groups with those in ``reasons`` (name → why) moved to the protected ones."""
-        moved = tuple(
-            Protected(g.name, g.num_channels, reasons[g.name]) for g in self.groups if g.name in reasons
-        )
+        moved = tuple(Protected(g.name, g.num_channels, reasons[g.name]) for g in self.groups if g.name in reasons)
         kept = tuple(group for group in self.groups if group.name not in reasons)
         return replace(self, groups=kept, protected=self.protected + moved)
 
@@ -167,9 +159,8 @@ def trace_channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> Cha
         rewrites = find_rewrites(model, tuple(trace.channel_pads), example_inputs)
         if not rewrites:
             return _collect(model, trace, ())
-    with untouched(model):
         rewritten = apply_rewrites(model, rewrites, example_inputs)
-        return _collect(rewritten, trace_channels(rewritten, example_inputs), tuple(rewrites))
+        return _collect(rewritten, trace_channels(rewritten, example_inputs), rewrites)
 
 
 def _collect(model: nn.Module, trace: Trace, rewrites: tuple[str, ...]) -> ChannelGroups:
@@ -189,10 +180,23 @@ def _collect(model: nn.Module, trace: Trace, rewrites: tuple[str, ...]) -> Chann
         groups=groups,
         protected=_protected(book, writers, frozen),
         shapes=shapes,
+        fingerprint=_fingerprint(shapes, rewrites, groups),
         rewrites=rewrites,
-        statistics_over_channels=tuple(trace.statistics_over_channels),
         unreached=unreached,
     )
+
+
+def _fingerprint(
+    shapes: Mapping[str, tuple[int, ...]], rewrites: tuple[str, ...], groups: tuple[ChannelGroup, ...]
+) -> str:
+    digest = hashlib.sha256(json.dumps([sorted(shapes.items()), rewrites]).encode())
+    for group in groups:
+        digest.update(group.name.encode())
+        for member in group.members:
+            digest.update(f"{member.tensor}/{member.dim}/{member.role.value}".encode())
+            digest.update(member.index.tobytes())
+            digest.update(member.channel.tobytes())
+    return digest.hexdigest()
 
 
 def root_name(tensor: str) -> str:
@@ -243,7 +247,7 @@ def _build_groups(
         homes = np.where(inside, home[np.where(inside, labels, 0)], -1)
         for group in np.unique(homes[homes >= 0]):
             index = np.flatnonzero(homes == group)
-            members[group].append(GroupMember(tensor, dim, entry.role, index, number[labels[index]]))
+            members[group].append(GroupMember(tensor, dim, entry.role, index, number[labels[index]], entry.also_reads))
             if entry.role is Role.WRITER:
                 fresh = np.array([int(x) not in named for x in labels[index]], dtype=bool)
                 named.update(int(x) for x in labels[index])

@@ -34,10 +34,16 @@ class Role(str, Enum):
 
 @dataclass
 class Entry:
-    """The labels along one dimension of one tensor; ``role`` is that of the first use."""
+    """The labels along one dimension of one tensor.
+
+    Attributes:
+        role: that of the first use.
+        also_reads: whether the tensor is read as a consumer besides (an embedding tied to the last linear layer).
+    """
 
     role: Role
     labels: Labels
+    also_reads: bool = False
 
 
 class LabelBook:
@@ -93,6 +99,7 @@ class LabelBook:
         if entry is None:
             self.entries[tensor, dim] = Entry(role, labels.copy())
         else:
+            entry.also_reads |= role is Role.CONSUMER and entry.role is not Role.CONSUMER
             self.merge(entry.labels, labels, f"'{tensor}' is used with different channels (last in {where})")
 
     def written(self, tensor: str, dim: int, size: int, role: Role = Role.WRITER) -> Labels:
@@ -100,6 +107,8 @@ class LabelBook:
         entry = self.entries.get((tensor, dim))
         if entry is None:
             entry = self.entries[tensor, dim] = Entry(role, self.new(size))
+        elif role is Role.WRITER and entry.role is Role.CONSUMER:
+            entry.role, entry.also_reads = Role.WRITER, True
         return entry.labels
 
     def _compress(self) -> None:

@@ -9,7 +9,6 @@ export.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -18,6 +17,8 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from nni_prune_ext.errors import PlanError
+from nni_prune_ext.graph.model_copy import copy_model
+from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import ExampleInputs, call_model
 
 
@@ -95,17 +96,20 @@ def find_rewrites(model: nn.Module, padding: Sequence[str], example_inputs: Exam
     return tuple(name for name in padding if name in found)
 
 
-def apply_rewrites(model: nn.Module, names: Iterable[str], example_inputs: ExampleInputs) -> nn.Module:
+def apply_rewrites(
+    model: nn.Module, names: Iterable[str], example_inputs: ExampleInputs, *, share_tensors: bool = False
+) -> nn.Module:
     """Returns a copy of the model with the named modules replaced.
+
+    Args:
+        share_tensors: the copy holds the model's own parameters and buffers: for copies that are only read.
 
     Raises:
         PlanError: a named module is not one that can be replaced exactly.
     """
     wanted = tuple(names)
-    result = copy.deepcopy(model)
-    if not wanted:
-        return result
-    found = _selections(model, wanted, example_inputs)
+    found = _selections(model, wanted, example_inputs) if wanted else {}
+    result = copy_model(model, share_others=share_tensors)
     for name in wanted:
         if name not in found:
             raise PlanError(
@@ -123,45 +127,56 @@ def _selections(model: nn.Module, names: Sequence[str], example_inputs: ExampleI
     existing = dict(model.named_modules())
     candidates = {n: existing[n] for n in names if n in existing and not list(existing[n].parameters())}
     candidates = {n: m for n, m in candidates.items() if n and not list(m.buffers())}
-    shapes: dict[str, torch.Size] = {}
+    shapes: dict[str, set[torch.Size]] = {name: set() for name in candidates}
 
     def note(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
         def hook(module: nn.Module, args: tuple[object, ...]) -> None:
             if len(args) == 1 and isinstance(args[0], Tensor) and args[0].dim() == 4:
-                shapes[name] = args[0].shape
+                shapes[name].add(args[0].shape)
 
         return hook
 
     handles = [module.register_forward_pre_hook(note(name)) for name, module in candidates.items()]
     try:
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
             call_model(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    probed = {name: _probe(candidates[name], shape, device) for name, shape in shapes.items()}
+    probed = {name: _probe(candidates[name], seen.pop(), device) for name, seen in shapes.items() if len(seen) == 1}
     return {name: selection for name, selection in probed.items() if selection is not None}
 
 
 def _probe(module: nn.Module, shape: torch.Size, device: torch.device) -> ChannelSelect | None:
-    """Returns the selection that equals the module on a random input, bit for bit, or ``None``."""
+    """Returns the selection that equals the module bit for bit on random input, in both modes, or ``None``."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand((2, *shape[1:]), generator=generator, dtype=torch.float64).add(1.0).to(device)
-    with torch.no_grad():
-        out = module(x)
-    if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[2] == 0:
+    draw = torch.randn((2, 2, *shape[1:]), generator=generator, dtype=torch.float64)
+    x = (draw[0] * 10 ** draw[1].clamp(-2, 2)).to(device)  # of both signs, small and large: nothing clips or bends it
+    training = [(part, part.training) for part in module.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            in_evaluation, in_training = module.eval()(x), module.train()(x)
+    finally:
+        for part, mode in training:
+            part.training = mode
+    if not isinstance(in_evaluation, Tensor) or in_evaluation.dim() != 4 or not in_evaluation.numel():
         return None
-    stride = -(-shape[2] // out.shape[2])
     for average in (False, True):
-        small = _subsample(x, stride, average)
-        if small.shape[2:] != out.shape[2:]:
-            continue
-        same = (out[:, :, None] == small[:, None]).flatten(3).all(3).all(0)
-        candidate = ChannelSelect(same, stride=stride, average=average).to(device)
-        if int(same.sum(1).max()) <= 1 and torch.equal(candidate(x), out):
+        candidate = _candidate(x, in_evaluation, average)
+        if candidate is not None and all(torch.equal(candidate(x), out) for out in (in_evaluation, in_training)):
             return candidate
     return None
+
+
+def _candidate(x: Tensor, out: Tensor, average: bool) -> ChannelSelect | None:
+    """Returns the selection that the first pixel suggests, ``None`` where sizes differ or a channel has two sources."""
+    stride = -(-x.shape[2] // out.shape[2])
+    small = _subsample(x, stride, average)
+    if small.shape[2:] != out.shape[2:]:
+        return None
+    selection = out[0, :, None, 0, 0] == small[0, None, :, 0, 0]
+    return None if int(selection.sum(1).max()) > 1 else ChannelSelect(selection, stride=stride, average=average).to(x.device)
 
 
 def _subsample(x: Tensor, stride: int, average: bool) -> Tensor:

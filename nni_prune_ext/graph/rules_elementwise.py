@@ -41,6 +41,7 @@ _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "
 )
 def _combine(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     if not isinstance(out, Tensor):
+        t.freeze_arguments((args, dict(kwargs)), f"values of channels become indices in {t.place}")
         return
     operands = [x for x in tensors_in((args, dict(kwargs))) if x.dim() <= out.dim()]
     t.set_labels(out, combined(t, operands, out.shape))
@@ -113,12 +114,11 @@ def _reduce(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords,
         t.set_labels(tensor, reduced if reduced is not None and reduced.shape == tensor.shape else None)
 
 
-@rule("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "topk", "normalize", "gumbel_softmax",
-      "renorm")
+@rule("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "topk", "normalize", "gumbel_softmax")
 def _along(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     source = cast("Tensor", args[0] if args else kwargs["input"])
     name = getattr(func, "__name__", "")
-    position, default = {"normalize": (2, 1), "topk": (2, -1), "gumbel_softmax": (4, -1), "renorm": (2, 0)}.get(name, (1, -1))
+    position, default = {"normalize": (2, 1), "topk": (2, -1), "gumbel_softmax": (4, -1)}.get(name, (1, -1))
     dim = argument(args, kwargs, position, "dim", default)
     labels = t.labels_of(source)
     if labels is not None and (not isinstance(dim, int) or t.varies(labels, dim % source.dim())):
@@ -128,9 +128,7 @@ def _along(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, 
         t.set_labels(tensor, labels if labels is not None and labels.shape == tensor.shape else None)
 
 
-@rule("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "get grad", "arange", "zeros", "ones", "full", "empty",
-      "linspace", "meshgrid", "tensor", "as_tensor", "get shape", "size", "is_floating_point", "get device", "get dtype",
-      "rand", "randn", "eye", "tril", "triu", "from_numpy", "item", "tolist")
+@rule("new_zeros", "new_ones", "new_empty", "new_full", "get grad")
 def _neutral(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     return None
 
@@ -193,7 +191,7 @@ def _bind_plain(t: ChannelTracer, operand: Tensor, labels: Tensor) -> None:
 
 
 def _dims(given: object, count: int) -> list[int]:
-    if given is None or given == ():
+    if given is None or given == () or isinstance(given, bool):  # var(x, False) gives no dimension
         return list(range(count))
     if isinstance(given, int):
         return [given]

@@ -60,9 +60,13 @@ def _transposed_convolution(t: ChannelTracer, func: Function, args: Arguments, k
     channel_dim = x.dim() - weight.dim() + 1
     name = t.name_of(weight)
     depthwise = groups == x.shape[channel_dim] and weight.shape[1] == 1
-    if name is None or (groups > 1 and not depthwise):
-        what = "the weight is computed in the forward" if name is None else "it has groups"
-        t.freeze_arguments((args, dict(kwargs)), f"transposed convolution {t.place}: {what}")
+    if name is None:
+        t.freeze_arguments((args, dict(kwargs)), f"the weight of {t.place} is computed in its forward")
+        return
+    if groups > 1 and not depthwise:
+        reason = f"transposed convolution {t.place} has groups"
+        t.freeze_arguments((args, dict(kwargs)), reason)
+        t.book.freeze(t.book.written(name, 1, weight.shape[1]), reason)
         return
     read = t.vector(x, channel_dim, "a transposed convolution")
     if depthwise:
@@ -116,7 +120,7 @@ def _group_norm(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywo
     read = t.vector(x, 1, "a group norm")
     if read is not None and groups < x.shape[1]:
         _tie_rows(t, read.reshape(groups, -1))
-        _note_statistics(t, tensor_argument(args, kwargs, 2, "weight"), t.labels_of(x))
+        _need_scale(t, tensor_argument(args, kwargs, 2, "weight"), t.labels_of(x))
     _bind_norm(t, x, args, kwargs, ("", "weight", "bias"), out)
 
 
@@ -134,7 +138,7 @@ def _layer_norm(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywo
         t.freeze(labels, f"the norm {t.place} sees channels in more than one dimension")
         return
     if over:
-        _note_statistics(t, weight, labels)
+        _need_scale(t, weight, labels)
         read = t.vector(x, over[0], "a layer norm")
         for parameter in (weight, bias):
             name = t.name_of(parameter)
@@ -206,11 +210,10 @@ def _bind_norm(
     t.set_vector(out, read, 1)
 
 
-def _note_statistics(t: ChannelTracer, weight: Tensor | None, labels: Tensor | None) -> None:
-    if weight is None or t.name_of(weight) is None or not t.module:
+def _need_scale(t: ChannelTracer, weight: Tensor | None, labels: Tensor | None) -> None:
+    """Protects channels under a norm whose survivors cannot be told by the channels of its scale."""
+    if weight is None or t.name_of(weight) is None:
         t.freeze(labels, f"a norm over channels without its own scale in {t.place} cannot be checked")
-    else:
-        t.trace.statistics_over_channels[t.module] = None
 
 
 def _tie_rows(t: ChannelTracer, rows: Labels) -> None:

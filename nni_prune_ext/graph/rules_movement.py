@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nni_prune_ext.graph.tracing import (
-    BEFORE,
+    WRITES,
     Arguments,
     ChannelTracer,
     Keywords,
@@ -29,7 +29,7 @@ Function = Callable[..., object]
 
 @rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "get T", "get mT", "adjoint",
       "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "expand", "expand_as", "broadcast_to", "repeat", "tile",
-      "repeat_interleave", "flip", "transpose_", "numpy_T", "atleast_1d", "atleast_2d", "atleast_3d", "diagonal",
+      "repeat_interleave", "flip", "numpy_T", "atleast_1d", "atleast_2d", "atleast_3d", "diagonal",
       "view_as_real", "pixel_unshuffle")
 def _move(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     source, rest, named = _source(args, kwargs)
@@ -37,16 +37,17 @@ def _move(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, o
     if labels is None:
         _clear(t, out)
     elif getattr(func, "__name__", "").endswith("_"):
-        t.set_labels(out, labels.reshape(cast("Tensor", out).shape))
+        t.set_labels(out, labels.reshape(cast("Tensor", out).shape))  # squeezed or transposed in place
     else:
-        _assign(t, out, func(labels, *rest, **named))
+        _assign(t, out, t.replay(func, labels, *rest, **named))
 
 
 @rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias")
 def _reshape(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     source, _, _ = _source(args, kwargs)
     labels = t.labels_of(source)
-    if labels is None or not isinstance(out, Tensor) or out.numel() != source.numel():
+    if labels is None or not isinstance(out, Tensor) or out.numel() != source.numel() or not out.numel():
+        t.freeze(labels, f"an empty tensor or another type is viewed in {t.place}")
         _clear(t, out)
         return
     moved = labels.reshape(out.shape)
@@ -71,11 +72,14 @@ def _split(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, 
     if labels is None:
         _clear(t, out)
         return
-    parts = cast("Sequence[Tensor]", func(labels, *rest, **named))
+    parts = cast("Sequence[Tensor]", t.replay(func, labels, *rest, **named))
     dims = [d for d in range(source.dim()) if parts[0].shape[d] != source.shape[d]]
-    if dims and t.varies(labels, dims[0]) and len({part.shape[dims[0]] for part in parts}) == 1:
-        for part in parts[1:]:
-            _merge(t, parts[0], part, "an even split")
+    if dims and t.varies(labels, dims[0]):
+        if len({part.shape[dims[0]] for part in parts}) > 1:
+            t.freeze(labels, f"channels are cut into unequal parts in {t.place}")
+        else:
+            for part in parts[1:]:
+                _merge(t, parts[0], part, "an even split")
     _assign(t, out, parts)
 
 
@@ -87,14 +91,20 @@ def _pick(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, o
         _clear(t, out)
         return
     name = getattr(func, "__name__", "")
+    if func is torch.nn.functional.unfold:  # (N, C, H, W) to (N, C * window, places)
+        channel_dim = source.dim() - 3
+        vector = t.vector(source, channel_dim, "an unfolding")
+        window = cast("Tensor", out).shape[channel_dim] // source.shape[channel_dim]
+        t.set_vector(out, None if vector is None else vector.repeat(window), channel_dim)
+        return
     if name == "__getitem__":
         _tie_slices(t, labels, args[1])
     elif name == "narrow":
         dim, start, length = (cast("int", argument(args, kwargs, i, n)) for i, n in enumerate(("dim", "start", "length"), 1))
         _tie_slice(t, labels, dim, start, length)
-    elif name in ("unbind", "select", "index_select", "take_along_dim", "gather", "roll", "unfold"):
+    else:
         _freeze_along(t, labels, args, kwargs, name)
-    _assign(t, out, func(labels, *rest, **named))
+    _assign(t, out, t.replay(func, labels, *rest, **named))
 
 
 @rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
@@ -105,16 +115,18 @@ def _concatenate(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keyw
         _clear(t, out)
         return
     labels = [torch.zeros((), dtype=torch.int64).expand(x.shape) if f is None else f for x, f in zip(tensors, found)]
-    name = getattr(func, "__name__", "")
-    dim = cast("int", argument(args, kwargs, 1, "dim", argument((), kwargs, 0, "axis", 0)))
-    if name in ("cat", "concat", "concatenate"):
-        _align(t, labels, dim % out.dim())
-    else:
+    if getattr(func, "__name__", "") not in ("cat", "concat", "concatenate"):
         for other in labels[1:]:
             _merge(t, labels[0], other, "a stack")
-    rest = args[1:] if args else ()
-    named = {key: value for key, value in kwargs.items() if key not in ("tensors", "out")}
-    t.set_labels(out, cast("Tensor", func(labels, *rest, **named)))
+        named = {key: value for key, value in kwargs.items() if key not in ("tensors", "out")}
+        _assign(t, out, t.replay(func, labels, *args[1:], **named))
+        return
+    dim = cast("int", argument(args, kwargs, 1, "dim", kwargs.get("axis", 0))) % out.dim()
+    labels = [x for x in labels if x.dim() == out.dim()]  # torch.cat skips empty tensors of shape (0,)
+    _align(t, labels, dim)
+    spread = [d != dim and all(x.stride(d) == 0 or x.shape[d] == 1 for x in labels) for d in range(out.dim())]
+    index = tuple(slice(0, 1) if constant else slice(None) for constant in spread)
+    t.set_labels(out, torch.cat([x[index] for x in labels], dim).expand(out.shape))
 
 
 @rule("pad", "_pad", "constant_pad_nd")
@@ -171,17 +183,9 @@ def _glu(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, ou
     t.set_labels(out, first)
 
 
-@rule("__setitem__", "copy_", "index_put_", "masked_scatter_", "scatter_", "index_add_", "index_copy_")
+@rule(*WRITES)
 def _write(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
-    return None
-
-
-def _before_write(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
-    t.freeze_arguments((args, dict(kwargs)), f"{t.place} writes into a part of a tensor")
-
-
-for _name in ("__setitem__", "copy_", "index_put_", "masked_scatter_", "scatter_", "index_add_", "index_copy_"):
-    BEFORE[_name] = _before_write
+    """Does nothing: the tracer froze the channels before the call."""
 
 
 def _source(args: Arguments, kwargs: Keywords) -> tuple[Tensor, Arguments, dict[str, object]]:
@@ -232,14 +236,16 @@ def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[i
 
 
 def _tie_slice(t: ChannelTracer, labels: Tensor, dim: int, start: int, length: int) -> None:
-    """Ties the equal parts of a dimension of which one part is taken; other slices are left to the certificate."""
+    """Ties the equal parts of a dimension of which one part is taken; other parts have no counterpart and are frozen."""
     size = labels.shape[dim]
     if length in (0, size) or not t.varies(labels, dim):
         return
-    if size % length == 0 and start % length == 0:
-        parts = labels.split(length, dim)
-        for part in parts[1:]:
-            _merge(t, parts[0], part, "an even split")
+    if size % length or start % length:
+        t.freeze(labels, f"an uneven part of the channels is taken in {t.place}")
+        return
+    parts = labels.split(length, dim)
+    for part in parts[1:]:
+        _merge(t, parts[0], part, "an even split")
 
 
 def _tie_slices(t: ChannelTracer, labels: Tensor, index: object) -> None:
@@ -265,7 +271,9 @@ def _tie_slices(t: ChannelTracer, labels: Tensor, index: object) -> None:
 
 def _freeze_along(t: ChannelTracer, labels: Tensor, args: Arguments, kwargs: Keywords, name: str) -> None:
     position = {"roll": 2, "take_along_dim": 2}.get(name, 1)
-    dims = argument(args, kwargs, position, "dims" if name == "roll" else "dim", 0)
+    dims = argument(args, kwargs, position, "dims" if name == "roll" else "dim", None if name == "roll" else 0)
+    if dims is None or dims == ():
+        dims = list(range(labels.dim()))
     for dim in dims if isinstance(dims, (tuple, list)) else [dims]:
         if isinstance(dim, int) and t.varies(labels, dim % labels.dim()):
             t.freeze(labels, f"'{name}' in {t.place} picks or shifts channels")

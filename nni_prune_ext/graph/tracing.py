@@ -8,9 +8,11 @@ what is not understood is never cut.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from nni_prune_ext.errors import TraceError
 from nni_prune_ext.graph.label_book import LabelBook, Labels, Role
+from nni_prune_ext.graph.model_copy import named_tensors
 from nni_prune_ext.inputs import ExampleInputs, call_model, tensors_in
 
 Arguments = tuple[object, ...]
@@ -29,7 +32,8 @@ Rule = Callable[["ChannelTracer", Callable[..., object], Arguments, Keywords, ob
 RULES: dict[str, Rule] = {}
 """Name of a torch function → what it does to labels. Filled by the ``rules_*`` modules of this package."""
 
-_ATTRIBUTE = "_channel_labels"
+WRITES = frozenset({"__setitem__", "copy_", "index_put_", "masked_scatter_", "scatter_", "index_add_", "index_copy_"})
+"""Functions that write into a part of a tensor: all channels that take part are protected."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -45,24 +49,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 @dataclass
-class ChannelPad:
-    """A padding or reduction that adds channels which no layer writes, seen inside ``module``."""
-
-    module: str
-
-
-@dataclass
 class Trace:
     """What one traced forward pass has found out."""
 
     book: LabelBook
-    statistics_over_channels: dict[str, None] = field(default_factory=dict)
-    """Modules (in call order) that normalise over channels: their silenced form needs the survivors only."""
     channel_pads: dict[str, None] = field(default_factory=dict)
     """Innermost modules that append constant channels to written ones."""
     visited: set[str] = field(default_factory=set)
     """Names of the tensors that took part in the forward pass."""
-    output: object = None
 
 
 class ChannelTracer(TorchFunctionMode):
@@ -71,9 +65,9 @@ class ChannelTracer(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace = Trace(LabelBook())
-        self._model_device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._names = {id(tensor): name for name, tensor in model.named_parameters()}
-        self._names |= {id(tensor): name for name, tensor in model.named_buffers()}
+        self._tensors = {name: tensor for name, tensor in named_tensors(model)}  # held, so that no id is used again
+        self._names = {id(tensor): name for name, tensor in self._tensors.items()}
+        self._labels: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = []
 
@@ -96,10 +90,7 @@ class ChannelTracer(TorchFunctionMode):
 
     def name_of(self, tensor: object) -> str | None:
         """Returns the name of a parameter or buffer of the model, ``None`` for any other tensor."""
-        name = self._names.get(id(tensor))
-        if name is not None:
-            self.trace.visited.add(name)
-        return name
+        return self._names.get(id(tensor))
 
     # -- labels of tensors -------------------------------------------------------------------------------------
 
@@ -108,9 +99,8 @@ class ChannelTracer(TorchFunctionMode):
 
         A parameter or buffer with exactly one dimension larger than 1 gets labels of its own along that one.
         """
-        found = getattr(tensor, _ATTRIBUTE, None)
-        if found is not None:
-            assert isinstance(found, Tensor)
+        owner, found = self._labels.get(id(tensor), (None, None))
+        if found is not None and owner is not None and owner() is tensor:
             return found
         name = self.name_of(tensor)
         wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
@@ -124,11 +114,10 @@ class ChannelTracer(TorchFunctionMode):
         if not isinstance(tensor, Tensor) or id(tensor) in self._names:
             return
         if labels is None:
-            if hasattr(tensor, _ATTRIBUTE):
-                delattr(tensor, _ATTRIBUTE)
+            self._labels.pop(id(tensor), None)
             return
         assert labels.shape == tensor.shape, (labels.shape, tensor.shape)
-        setattr(tensor, _ATTRIBUTE, labels)
+        self._labels[id(tensor)] = (weakref.ref(tensor), labels)
 
     def set_vector(self, tensor: object, vector: Labels | None, dim: int) -> None:
         """Attaches one label per index of ``dim``, the same at all other positions."""
@@ -185,19 +174,30 @@ class ChannelTracer(TorchFunctionMode):
         name = getattr(func, "__name__", repr(func))
         if name == "__get__":
             name = f"get {getattr(getattr(func, '__self__', None), '__name__', '?')}"
+        given = list(tensors_in((args, dict(kwargs))))
+        self.trace.visited.update(self._names[id(tensor)] for tensor in given if id(tensor) in self._names)
         handler = RULES.get(name)
-        before = BEFORE.get(name)
-        if before is not None:
-            before(self, func, args, kwargs, None)
+        if name in WRITES:
+            self.freeze_arguments(given, f"{self.place} writes into a part of a tensor")
         result = func(*args, **kwargs)
         if handler is not None:
             handler(self, func, args, kwargs, result)
         elif any(True for _ in tensors_in(result)):
-            self.freeze_arguments((args, dict(kwargs)), f"'{name}' in {self.place} is not followed")
+            self.freeze_arguments(given, f"'{name}' in {self.place} is not followed")
             for tensor in tensors_in(result):
-                if not any(tensor is given for given in tensors_in(args)):
+                if not any(tensor is argument for argument in given):
                     self.set_labels(tensor, None)
         return result
+
+    def replay(self, func: Callable[..., object], labels: object, *args: object, **kwargs: object) -> object:
+        """Executes a call that only moves data on labels; ``None``, and frozen, where it does not run on integers."""
+        try:
+            return func(labels, *_on_cpu(args), **cast("dict[str, object]", _on_cpu(kwargs)))
+        except (RuntimeError, NotImplementedError) as error:
+            name = getattr(func, "__name__", "?")
+            for tensor in tensors_in(labels):
+                self.freeze(tensor, f"'{name}' in {self.place} is not followed ({str(error).splitlines()[0]})")
+            return None
 
     @contextmanager
     def module_stack(self) -> Iterator[None]:
@@ -212,7 +212,7 @@ class ChannelTracer(TorchFunctionMode):
             if self._stack and id(module) in self._modules:
                 self._stack.pop()
 
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         try:
             yield
         finally:
@@ -221,27 +221,18 @@ class ChannelTracer(TorchFunctionMode):
             self._stack.clear()
 
 
-BEFORE: dict[str, Rule] = {}
-"""Rules that must see the arguments before the call changes them (in-place writes)."""
-
-
 def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     """Runs the model once on the example inputs and returns what was learnt about its channels.
 
-    The model is expected in evaluation mode; the caller restores modes and random state.
+    The model is expected in evaluation mode; the caller restores modes and random state (see ``state.untouched``).
 
     Raises:
         ModelError: the forward pass raised.
         TraceError: the model returned no tensor.
     """
     tracer = ChannelTracer(model)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), tracer.module_stack(), tracer:
-            output = call_model(model, example_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with torch.no_grad(), tracer.module_stack(), tracer:
+        output = call_model(model, example_inputs)
     tensors = list(tensors_in(output))
     if not tensors:
         raise TraceError(
@@ -250,7 +241,6 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         )
     for tensor in tensors:
         tracer.freeze(tracer.labels_of(tensor), "reaches the model's output")
-    tracer.trace.output = output
     return tracer.trace
 
 
@@ -271,6 +261,17 @@ def numpy_labels(labels: Tensor) -> Labels:
     """Returns labels as an integer array."""
     array: Labels = labels.detach().cpu().numpy()
     return array
+
+
+def _on_cpu(value: object) -> object:
+    """Returns arguments with their index tensors where the labels are."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(_on_cpu(item) for item in value) if not hasattr(value, "_fields") else value
+    return value
 
 
 def argument(args: Arguments, kwargs: Keywords, position: int, name: str, default: object = None) -> object:

@@ -1,0 +1,101 @@
+"""``prune``: the main job for one model and one method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nni_prune_ext.cli import options as o
+
+
+def prune(
+    model: o.ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for plan.json, model.safetensors, model.onnx and report.json.")],
+    target: o.Targets,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = False,
+    data: o.Data = None,
+    num_classes: o.NumClasses = None,
+    input_shape: o.InputShape = None,
+    image_size: o.ImageSize = None,
+    limit_images: o.LimitImages = None,
+    download: o.Download = False,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    method: o.Method = "l1",
+    option: o.Options = [],  # noqa: B006 (typer reads the default, nobody changes it)
+    max_ratio: o.MaxRatio = 0.9,
+    min_channels: o.MinChannels = 1,
+    multiple: o.Multiple = 1,
+    exclude: o.Exclude = [],  # noqa: B006
+    layer: o.LayerLimits = [],  # noqa: B006
+    scope: o.ScopeOption = "global",
+    epochs: Annotated[int, typer.Option(help="Epochs of recovery after the cut.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of all training.")] = 0.01,
+    batch_size: o.BatchSize = 128,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast in training.")] = "fp32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Train in channels-last memory format.")] = False,
+    seed: o.Seed = 0,
+) -> None:
+    """Prunes, certifies, recovers, exports to ONNX, checks parity, and measures before and after."""
+    import time  # imported here to keep --help instant
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from nni_prune_ext.cli.job import loader, open_job, read_limits, read_options
+    from nni_prune_ext.costs import count_costs
+    from nni_prune_ext.deployment import (
+        check_writable,
+        compare_latency,
+        onnx_accuracy,
+        report_facts,
+        result_row,
+        with_latency,
+        write_artefacts,
+    )
+    from nni_prune_ext.evaluation import file_size_bytes
+    from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
+    from nni_prune_ext.pipeline import prune as run_prune
+    from nni_prune_ext.report import Row, before_after_table, write_report
+    from nni_prune_ext.training import accuracy, checked_settings
+
+    spec, targets = method_spec(method), parse_targets(target)
+    options = read_options(option)
+    method_options(spec, options)
+    limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
+    settings = checked_settings(learning_rate=learning_rate, precision=precision, channels_last=channels_last)
+    check_writable(out)
+    job = open_job(model, weights=weights, pretrained=pretrained, data=data, num_classes=num_classes, input_shape=input_shape,
+                   image_size=image_size, limit_images=limit_images, download=download, mean=mean, std=std, seed=seed)
+    train = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
+    test = loader(job.source, "test", 500) if job.source else None
+    began = time.perf_counter()
+    result = run_prune(job.model, job.example, method=method, target=targets, options=options, limits=limits,
+                       scope=checked_scope(scope), train_batches=train, recover_epochs=epochs, settings=settings, seed=seed)
+    seconds = time.perf_counter() - began
+    given = [next(iter(test))[0][:16]] if test else None
+    dense_files = write_artefacts(job.model, out / "dense", job.example, given_inputs=given)
+    files = write_artefacts(result.model, out, job.example, plan=result.plan, given_inputs=given, properties={"method": method})
+    dense_costs = count_costs(job.model, job.example)
+    dense = Row("dense", dense_costs.macs, dense_costs.params, onnx_bytes=file_size_bytes(dense_files.onnx),
+                parity=dense_files.export.parity.max_rel if dense_files.export.parity else None)
+    pruned = replace(result_row(result, files), seconds=seconds)
+    images = job.example[0] if test is None else next(iter(test))[0]
+    if test is not None:
+        dense = replace(dense, top1=accuracy(job.model, test), top1_onnx=onnx_accuracy(dense_files.onnx, test))
+        pruned = replace(pruned, top1_removed=accuracy(result.removed_only, test), top1=accuracy(result.model, test),
+                         top1_onnx=onnx_accuracy(files.onnx, test))
+    latency = compare_latency({"dense": dense_files.onnx, method: files.onnx}, images)
+    rows = with_latency([dense, pruned], latency)
+    facts = {**report_facts(result, latency), "model": model, "data": data, "seed": seed, "recovery_epochs": epochs}
+    write_report(out / "report.json", rows, facts)
+    console = Console(width=160)
+    console.print(before_after_table(rows, title=f"{model}, {method}", caption=(
+        f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %"
+        + ("" if test else "; no data given: accuracy not measured"))))
+    for achieved in result.achieved:
+        console.print(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False)
+    console.print(f"artefacts in {out}", highlight=False)
