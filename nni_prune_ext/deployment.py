@@ -7,7 +7,7 @@ rebuilt from the original model code with ``load_pruned``.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -15,10 +15,11 @@ from typing import TypeAlias, cast
 import numpy as np
 from torch import Tensor, nn
 
+from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import OutputError, PluginError
-from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, environment, file_size_bytes, measure_latency
+from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
-from nni_prune_ext.inputs import ExampleInputs
+from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.models.weights import load_weights, save_weights
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.plan import PruningPlan
@@ -26,6 +27,7 @@ from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
 from nni_prune_ext.runtimes.base import InferenceRuntime, RunnableModel
 from nni_prune_ext.surgery import cut_channels
+from nni_prune_ext.training import accuracy
 
 ImageBatches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 
@@ -141,46 +143,94 @@ def compare_latency(
     return measure_latency(entries, inputs, rounds=rounds, min_seconds=min_seconds, threads=1)
 
 
-def with_latency(rows: Sequence[Row], latency: LatencyReport) -> list[Row]:
-    """Returns the rows with median latency and ratio to the dense network filled in."""
+@dataclass(frozen=True)
+class Variant:
+    """One network of a before/after comparison.
+
+    Attributes:
+        name: its row's name and its artefact folder.
+        model: the network as it would ship.
+        result: how it was pruned; ``None`` for a dense network.
+        seconds: what it took to get there.
+    """
+
+    name: str
+    model: nn.Module
+    result: PruneResult | None = None
+    seconds: float | None = None
+
+
+def compare_variants(
+    variants: Sequence[Variant],
+    folder: Path,
+    example_inputs: ExampleInputs,
+    *,
+    test_batches: ImageBatches | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[list[Row], LatencyReport]:
+    """Writes the artefacts of every variant and measures all of them side by side; the first one is the dense reference.
+
+    Args:
+        folder: gets one artefact folder per variant.
+        test_batches: images and labels for accuracy in PyTorch and on ONNX Runtime; ``None`` measures no accuracy.
+        progress: is told what is being done.
+
+    Returns:
+        one row per variant, and the latency measurement behind it.
+
+    Raises:
+        OutputError, ExportError: see ``write_artefacts``.
+    """
+    tell = progress or (lambda _: None)
+    images = None if test_batches is None else next(iter(test_batches))[0]
+    given = None if images is None else [images[:16]]
+    rows, paths = [], {}
+    for variant in variants:
+        tell(f"exporting and checking {variant.name}")
+        plan = variant.result.plan if variant.result else None
+        files = write_artefacts(variant.model, folder / variant.name, example_inputs, plan=plan, given_inputs=given,
+                                properties={"variant": variant.name})
+        paths[variant.name] = files.onnx
+        row = _row(variant, files, example_inputs)
+        if test_batches is not None:
+            before = accuracy(variant.result.removed_only, test_batches) if variant.result else None
+            row = replace(row, top1_removed=before, top1=accuracy(variant.model, test_batches),
+                          top1_onnx=onnx_accuracy(files.onnx, test_batches))
+        rows.append(row)
+    tell("measuring latency, all networks side by side")
+    if images is None:
+        images = next(tensors_in(example_inputs))
+    latency = compare_latency(paths, images)
     measured = {row.name: row for row in latency.rows}
-    return [
-        replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio)
-        if row.name in measured
-        else row
-        for row in rows
-    ]
+    return [replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio) for row in rows], latency
 
 
-def result_row(result: PruneResult, artefacts: Artefacts, *, name: str | None = None) -> Row:
-    """Returns the facts of a pruning result; accuracies and latency are the caller's to fill in."""
-    parity = artefacts.export.parity
+def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) -> Row:
+    result, parity = variant.result, artefacts.export.parity
+    costs = result.costs if result else count_costs(variant.model, example_inputs)
+    certificate = result.certificate if result else None
     return Row(
-        name=name or result.method,
-        macs=result.costs.macs,
-        params=result.costs.params,
+        name=variant.name,
+        macs=costs.macs,
+        params=costs.params,
         onnx_bytes=file_size_bytes(artefacts.onnx),
-        certificate=result.certificate.max_relative_error if result.certificate else None,
+        certificate=certificate.max_relative_error if certificate else None,
         parity=parity.max_rel if parity else None,
-        asked="; ".join(f"{a.target}: asked {a.asked:.6g}, achieved {a.achieved:.6g}" for a in result.achieved),
+        asked="; ".join(f"{a.target}: asked {a.asked:.6g}, achieved {a.achieved:.6g}" for a in result.achieved) if result else "",
+        seconds=variant.seconds,
     )
 
 
-def report_facts(result: PruneResult | None = None, latency: LatencyReport | None = None) -> dict[str, object]:
-    """Returns what every report must say beside its rows: environment, certificate, protected layers, conditions."""
-    facts: dict[str, object] = {"environment": environment()}
-    if latency is not None:
-        facts["latency"] = latency.to_dict()
-    if result is not None:
-        facts |= {
-            "method": result.method,
-            "certificate": result.certificate.as_dict() if result.certificate else None,
-            "targets": [{"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
-                        for a in result.achieved],
-            "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
-            "unreached": list(result.groups.unreached),
-            "epochs": [vars(log) for log in result.logs],
-        }
-    return facts
-
-
+def result_facts(result: PruneResult) -> dict[str, object]:
+    """Returns what a report must say about one pruning result beside its row."""
+    return {
+        "method": result.method,
+        "certificate": result.certificate.as_dict() if result.certificate else None,
+        "targets": [{"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
+                    for a in result.achieved],
+        "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
+        "rewrites": list(result.groups.rewrites),
+        "unreached": list(result.groups.unreached),
+        "facts": dict(result.outcome.facts),
+        "epochs": [vars(log) for log in result.logs],
+    }

@@ -19,7 +19,7 @@ from nni_prune_ext.costs import Costs, count_costs
 from nni_prune_ext.errors import CertificateError, ConfigError, PluginError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs
-from nni_prune_ext.methods.base import MethodSpec, Outcome
+from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
 from nni_prune_ext.plan import PruningPlan, removed_channels
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.training import (
@@ -32,6 +32,7 @@ from nni_prune_ext.training import (
     drive,
     fit,
     recalibrate_batchnorm,
+    seeded,
 )
 
 
@@ -69,7 +70,7 @@ def prune(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    method: str = "l1",
+    method: str | MethodSpec = "l1",
     target: str | Target | Sequence[str | Target] = "macs=0.5",
     options: Mapping[str, object] | None = None,
     limits: Limits | None = None,
@@ -84,7 +85,7 @@ def prune(
     """Prunes a copy of a model to one or several targets and certifies the removal.
 
     Args:
-        method: a registered pruner.
+        method: name of a registered pruner, or a specification that is not registered.
         target: for example ``"macs=0.5"``, or several that must all be met.
         options: configuration of the method.
         scope: ``global`` ranks all groups together, ``local`` prunes all at one ratio.
@@ -103,13 +104,12 @@ def prune(
         TargetError: the target is out of range or cannot be reached.
         CertificateError: the final plan is not exact.
     """
-    spec = method_spec(method)
+    spec = method_spec(method) if isinstance(method, str) else method
     targets = parse_targets(target)
     settings = settings or TrainingSettings()
-    if train_batches is None and (spec.needs_data or recover_epochs):
-        what = f"The method '{method}'" if spec.needs_data else f"Recovery over {recover_epochs} epochs"
-        raise ConfigError(f"{what} needs training data, none was given. Pass train_batches (CLI: --data).")
     built = spec.build(method_options(spec, options))
+    if train_batches is None:
+        _refuse_without_data(spec, built, recover_epochs)
     groups = groups or verify_groups(model, example_inputs, trace_channel_groups(model, example_inputs), seed=seed)
     dense = count_costs(model, example_inputs)
     cost_model = CostModel.of(model, groups, dense)
@@ -122,23 +122,36 @@ def prune(
     removal = remove_channels(run.model, outcome.plan, example_inputs, groups=run.groups, seed=seed)
     plan = outcome.plan if run.applied is None else run.applied.then(outcome.plan)
     certificate = removal.certificate
-    if run.applied is not None:
+    if run.applied is not None and plan.num_removed:
         certificate = certify_plan(model, plan, example_inputs, groups=groups, seed=seed)
         if not certificate.exact:
             raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
     compact = copy.deepcopy(removal.model)
     logs = list(run.logs)
     if train_batches is not None:
-        recalibrate_batchnorm(compact, train_batches)
+        recalibrate_batchnorm(compact, train_batches, forward=loss)
         if recover_epochs:
-            logs += [replace(log, phase="recovery") for log in fit(
-                compact, train_batches, epochs=recover_epochs, settings=settings, loss=loss)]
+            with seeded(compact, seed):
+                logs += [replace(log, phase="recovery") for log in fit(
+                    compact, train_batches, epochs=recover_epochs, settings=settings, loss=loss)]
     costs = count_costs(compact, example_inputs)
     return PruneResult(
         model=compact, plan=plan, certificate=certificate, groups=groups, dense=dense, costs=costs,
         achieved=achieved_targets(targets, cost_model, plan, costs), removed_only=removal.model, outcome=outcome,
-        logs=tuple(logs), method=method,
+        logs=tuple(logs), method=spec.name,
     )
+
+
+def _refuse_without_data(spec: MethodSpec, method: PruningMethod, recover_epochs: int) -> None:
+    if spec.needs_data:
+        what = f"The method '{spec.name}'"
+    elif any(phase.epochs for phase in method.phases()):
+        what = f"The method '{spec.name}' with training between its steps"
+    elif recover_epochs:
+        what = f"Recovery over {recover_epochs} epochs"
+    else:
+        return
+    raise ConfigError(f"{what} needs training data, none was given. Pass train_batches (CLI: --data).")
 
 
 def method_spec(name: str) -> MethodSpec:
@@ -200,7 +213,6 @@ def achieved_targets(
 def _removed_share(plan: PruningPlan, groups: ChannelGroups, total: int) -> float:
     gone = sum(int(mask.sum()) for mask in removed_channels(plan, groups).values())
     return gone / total if total else 0.0
-
 
 
 def checked_scope(scope: str) -> Scope:

@@ -7,7 +7,6 @@ channels hang together differently.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nni_prune_ext.errors import OutputError, PlanError
-from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups
+from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, GroupMember, root_name
+from nni_prune_ext.graph.label_book import Role
 
 FORMAT = 1
 Channels = NDArray[np.bool_]
@@ -52,7 +52,9 @@ class PruningPlan(BaseModel):
             if list(channels) != sorted(set(channels)) or not channels:
                 raise ValueError(f"the channels of '{root}' are not ascending and unique")
             if channels[0] < 0 or channels[-1] >= width:
-                raise ValueError(f"channel {channels[-1]} of '{root}' is outside its width {width}")
+                raise ValueError(f"channels {channels[0]} to {channels[-1]} of '{root}' are outside its width {width}")
+            if len(channels) == width:
+                raise ValueError(f"all {width} channels of '{root}' go, at least one must stay")
         return self
 
     @property
@@ -70,15 +72,16 @@ class PruningPlan(BaseModel):
             PlanError: the later plan's widths are not those that this plan leaves.
         """
         removed = dict(self.removed)
-        for root, channels in later.removed.items():
+        for root, width in later.widths.items():
             gone = set(self.removed.get(root, ()))
             kept = [c for c in range(self.widths.get(root, 0)) if c not in gone]
-            if len(kept) != later.widths[root]:
+            if len(kept) != width:
                 raise PlanError(
-                    f"The plans do not follow each other: '{root}' has {later.widths[root]} channels in the later plan, but "
-                    f"the first one leaves {len(kept)}. Make the later plan from the model that the first one produced."
+                    f"The plans do not follow each other: '{root}' has {width} channels in the later plan, expected the "
+                    f"{len(kept)} that the first one leaves. Make the later plan from the model that the first one produced."
                 )
-            removed[root] = tuple(sorted(gone | {kept[c] for c in channels}))
+            if root in later.removed:
+                removed[root] = tuple(sorted(gone | {kept[c] for c in later.removed[root]}))
         return self.model_copy(update={"removed": removed, "rewrites": self.rewrites + later.rewrites})
 
     def to_json(self) -> str:
@@ -108,14 +111,19 @@ class PruningPlan(BaseModel):
         Raises:
             OutputError: the file cannot be written.
         """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as handle:
+            with temporary.open("w", encoding="utf-8") as handle:
                 handle.write(self.to_json())
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.replace(handle.name, path)
+            temporary.replace(path)
         except OSError as error:
-            raise OutputError(f"Cannot write the plan to '{path}': {error.strerror}. Choose a folder you may write to.") from error
+            temporary.unlink(missing_ok=True)
+            raise OutputError(
+                f"Cannot write the plan to '{path}': {error.strerror}. Expected a path in an existing folder; choose one that "
+                "you may write to."
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
@@ -125,7 +133,7 @@ class PruningPlan(BaseModel):
             PlanError: there is no such file or it is no plan.
         """
         try:
-            return cls.from_json(path.read_text(), source=f"'{path}'")
+            return cls.from_json(path.read_text(encoding="utf-8"), source=f"'{path}'")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"Cannot read a pruning plan from '{path}': {error}. Give the path of a plan.json.") from error
 
@@ -144,15 +152,25 @@ def plan_from_channels(groups: ChannelGroups, removed: Mapping[str, object]) -> 
     for name, channels in removed.items():
         group = groups[name]
         gone = _as_mask(group, channels)
-        if gone.all():
+        for member in _emptied(group, gone):
             raise PlanError(
-                f"The plan removes all {group.num_channels} channels of '{name}'. At least one must stay; keep more."
+                f"The plan removes all {len(member.index)} channels of '{root_name(member.tensor)}' (group '{name}'), expected "
+                "at least one to stay. Keep more channels of this group."
             )
         for root, (positions, numbers) in group.roots.items():
             lost = positions[gone[numbers]]
             if lost.size:
                 result[root] = tuple(int(c) for c in sorted(lost))
     return PruningPlan(removed=result, widths=root_widths(groups), fingerprint=groups.fingerprint, rewrites=groups.rewrites)
+
+
+def spared(group: ChannelGroup, gone: Channels) -> Channels:
+    """Returns ``gone`` without the first channel of every layer of the group that would be left without any."""
+    result = gone.copy()
+    for member in _emptied(group, gone):
+        if result[member.channel].all():
+            result[member.channel[0]] = False
+    return result
 
 
 def removed_channels(plan: PruningPlan, groups: ChannelGroups) -> dict[str, Channels]:
@@ -176,15 +194,19 @@ def removed_channels(plan: PruningPlan, groups: ChannelGroups) -> dict[str, Chan
             gone[numbers[lost]] = True
             torn = ~lost & gone[numbers]
             if torn.any():
+                first = int(np.flatnonzero(torn)[0])
+                partner = int(positions[lost & (numbers == numbers[first])][0])
                 raise PlanError(
-                    f"The plan removes channel {int(positions[lost][0])} of '{root}' but keeps {int(positions[torn][0])}, to "
-                    "which it is tied (they stand in equal places of a split or a grouped convolution). Remove both or neither."
+                    f"The plan removes channel {partner} of '{root}' but keeps channel {int(positions[first])}, expected both or "
+                    "neither: they are tied, standing in equal places of a split or a grouped convolution. Plan by groups "
+                    "(plan_from_channels)."
                 )
         result[group.name] = gone
     unknown = sorted(set(plan.removed) - seen)
     if unknown:
         raise PlanError(
-            f"The plan removes channels of '{unknown[0]}', whose channels cannot be removed from this model. Make a new plan."
+            f"The plan removes channels of '{unknown[0]}', which is protected here; {len(seen)} layers may be pruned. Plan "
+            "with the same protected layers, or pass the groups that the plan was made with."
         )
     return result
 
@@ -201,24 +223,37 @@ def plan_from_masks(groups: ChannelGroups, masks: Mapping[str, Channels]) -> Pru
     """Makes a plan from keep masks over the output channels of any writing layers.
 
     A channel that several layers write goes only if every mask that covers it agrees (NNI's rule); a channel that no
-    mask covers stays. At least one channel of every group stays.
+    mask covers stays, and so do all channels of protected layers. Every layer keeps at least one channel.
 
     Args:
         masks: layer name → ``(width,)``, 0 for the channels that should go.
+
+    Raises:
+        PlanError: a mask is for no layer of the model or has not the layer's width.
     """
+    for name in masks:
+        if name not in groups.shapes and f"{name}.weight" not in groups.shapes:
+            raise PlanError(
+                f"There is a mask for '{name}', expected the name of a layer with a weight. Name layers as "
+                "model.named_modules() does, before any wrapping."
+            )
     removed: dict[str, Channels] = {}
     for group in groups:
         votes = np.zeros(group.num_channels, dtype=np.int64)
         vetoes = np.zeros(group.num_channels, dtype=np.int64)
-        for member in group.members:
-            mask = masks.get(member.tensor.removesuffix(".weight"))
-            if member.role.value in ("writer", "depthwise") and mask is not None:
-                keep = np.asarray(mask, dtype=np.bool_)[member.index]
-                np.add.at(votes, member.channel, ~keep)
-                np.add.at(vetoes, member.channel, keep)
-        gone = (votes > 0) & (vetoes == 0)
-        if gone.all():
-            gone[0] = False
+        for member in group.by_role(Role.WRITER, Role.DEPTHWISE):
+            given = masks.get(root_name(member.tensor))
+            if given is None:
+                continue
+            keep, width = np.asarray(given, dtype=np.bool_), groups.shapes[member.tensor][member.dim]
+            if keep.shape != (width,):
+                raise PlanError(
+                    f"The mask for '{root_name(member.tensor)}' has shape {keep.shape}, expected ({width},): one value per "
+                    "output channel. Reduce masks of weights to output channels first."
+                )
+            np.add.at(votes, member.channel, ~keep[member.index])
+            np.add.at(vetoes, member.channel, keep[member.index])
+        gone = spared(group, (votes > 0) & (vetoes == 0))
         if gone.any():
             removed[group.name] = gone
     return plan_from_channels(groups, removed)
@@ -229,10 +264,14 @@ def root_widths(groups: ChannelGroups) -> dict[str, int]:
     widths: dict[str, int] = {}
     for group in groups:
         for member in group.members:
-            name = member.tensor.removesuffix(".weight").removesuffix(".selection")
+            name = root_name(member.tensor)
             if name in group.roots:
                 widths.setdefault(name, groups.shapes[member.tensor][member.dim])
     return widths
+
+
+def _emptied(group: ChannelGroup, gone: Channels) -> list[GroupMember]:
+    return [m for m in group.by_role(Role.WRITER, Role.DEPTHWISE) if gone[m.channel].all()]
 
 
 def _as_mask(group: ChannelGroup, channels: object) -> Channels:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Literal
 
@@ -72,13 +73,14 @@ def plugins(kind: Kind) -> dict[str, Plugin]:
     found = {name: Plugin(name, location, "nni_prune_ext") for name, location in BUILT_IN[kind].items()}
     for entry in entry_points(group=f"nni_prune_ext.{kind}"):
         distribution = entry.dist.name if entry.dist else "unknown"
+        location = f"{entry.module}:{entry.attr}"
         known = found.get(entry.name)
-        if known is not None and known.location != entry.value:
+        if known is not None and known.location != location:
             raise PluginError(
-                f"Two {kind} are called '{entry.name}': '{known.location}' from {known.distribution} and '{entry.value}' from "
+                f"Two {kind} are called '{entry.name}': '{known.location}' from {known.distribution} and '{location}' from "
                 f"{distribution}. Names must be unique; uninstall or rename one of them."
             )
-        found.setdefault(entry.name, Plugin(entry.name, entry.value, distribution))
+        found.setdefault(entry.name, Plugin(entry.name, location, distribution))
     return dict(sorted(found.items()))
 
 
@@ -97,9 +99,9 @@ def load_plugin(kind: Kind, name: str) -> object:
     plugin = known[name]
     module, _, attribute = plugin.location.partition(":")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        return attrgetter(attribute)(import_module(module))
+    except Exception as error:  # a stranger's module may raise anything while it is imported
         raise PluginError(
-            f"The {kind[:-1]} '{name}' of {plugin.distribution} cannot be loaded from '{plugin.location}': {error}. "
-            "Install what it needs, or uninstall that package."
+            f"The {kind[:-1]} '{name}' of {plugin.distribution} cannot be loaded from '{plugin.location}': "
+            f"{type(error).__name__}: {error}. Install what it needs, or uninstall that package."
         ) from error

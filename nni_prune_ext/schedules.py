@@ -13,7 +13,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from nni_prune_ext.errors import PluginError
+from nni_prune_ext.registry import load_plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +69,21 @@ class SchedulerSpec:
     build: Callable[[], Schedule | RatioPolicy | MaskUpdateRule]
 
 
+def build_schedule(name: str) -> Schedule:
+    """Makes the registered schedule of this name; see :func:`_build` for what it raises."""
+    return cast("Schedule", _build(name, "schedule"))
+
+
+def build_ratio_policy(name: str) -> RatioPolicy:
+    """Makes the registered ratio policy of this name; see :func:`_build` for what it raises."""
+    return cast("RatioPolicy", _build(name, "ratio_policy"))
+
+
+def build_mask_update_rule(name: str) -> MaskUpdateRule:
+    """Makes the registered mask update rule of this name; see :func:`_build` for what it raises."""
+    return cast("MaskUpdateRule", _build(name, "mask_update_rule"))
+
+
 def one_shot(progress: float) -> float:
     """Returns 1 as soon as anything is to be pruned."""
     return 1.0 if progress > 0 else 0.0
@@ -105,6 +123,23 @@ def uniform_ratio(
 def replace_mask(old: Tensor, proposed: Tensor, scores: Tensor, progress: float) -> Tensor:
     """Returns the proposed mask: no restriction."""
     return proposed
+
+
+def _build(name: str, kind: SchedulerKind) -> object:
+    """Makes a registered scheduler.
+
+    Raises:
+        UnknownPluginError: the name is not registered.
+        PluginError: it is a scheduler of another kind, or none at all.
+    """
+    spec = load_plugin("schedulers", name)
+    if not isinstance(spec, SchedulerSpec) or spec.kind != kind:
+        found = spec.kind if isinstance(spec, SchedulerSpec) else type(spec).__name__
+        raise PluginError(
+            f"The scheduler '{name}' is a {found.replace('_', ' ')}, expected a {kind.replace('_', ' ')}. "
+            "`nni-prune-ext list` shows the kind of each scheduler."
+        )
+    return spec.build()
 
 
 @cache

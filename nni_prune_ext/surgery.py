@@ -130,8 +130,9 @@ def silence_channels(
             tensor = tensors[member.tensor]
             positions = torch.from_numpy(member.index[gone[member.channel]]).to(tensor.device)
             if member.reads:
-                target = silent.setdefault(member.tensor, tensor.detach().clone())
-                target.index_fill_(member.dim, positions, 0)
+                if member.tensor not in silent:
+                    silent[member.tensor] = tensor.detach().clone()
+                silent[member.tensor].index_fill_(member.dim, positions, 0)
             elif member.role is Role.NORM:
                 everyone = torch.ones(tensor.shape[member.dim], dtype=torch.bool, device=tensor.device)
                 _, alive = survivors.setdefault(member.tensor, (member.dim, everyone))
@@ -185,7 +186,8 @@ def _sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     result = tensor.detach()
     for dim, index in kept.items():
         result = result.index_select(dim, index.to(tensor.device))
-    return result.clone(memory_format=_memory_format(tensor))
+    layout = _memory_format(tensor)
+    return result.contiguous(memory_format=layout) if kept else result.clone(memory_format=layout)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

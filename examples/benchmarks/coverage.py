@@ -8,6 +8,7 @@ and started again. See README.md beside this file for the commands and for what 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -374,7 +375,7 @@ def _plan(model: nn.Module, groups: ChannelGroups, dense: Costs, row: _Row) -> P
 
 
 def _export(model: nn.Module, compact: nn.Module, inputs: ExampleInputs, row: _Row, exporter: str) -> None:
-    """Exports the compact model with random weights and compares; where it differs, also the dense one."""
+    """Exports the compact model and compares; where it differs, also the dense one."""
     with row.stage("export"):
         used, difference = _exported_difference(compact, inputs, exporter)
         row.note(exporter=used, parity_max_rel=difference)
@@ -390,23 +391,19 @@ def _export(model: nn.Module, compact: nn.Module, inputs: ExampleInputs, row: _R
 
 
 def _exported_difference(model: nn.Module, inputs: ExampleInputs, exporter: str) -> tuple[str, float]:
-    """Exports a copy with every parameter random, so that zero-initialised heads cannot hide a difference."""
+    """Exports a copy on which a difference would show, and returns the exporter used and the relative difference."""
     import torch
 
-    from nni_prune_ext.certificate import randomised
     from nni_prune_ext.errors import ExportError
     from nni_prune_ext.export.onnx_static import export_onnx
 
-    generator = torch.Generator().manual_seed(0)
-    dynamic = isinstance(inputs, torch.Tensor)
+    twin, dynamic, failures = _awake(model, inputs), isinstance(inputs, torch.Tensor), []
     order = {"torchscript": ("torchscript", "dynamo"), "dynamo": ("dynamo",), "auto": ("dynamo", "torchscript")}[exporter]
-    failures = []
-    with randomised(model, inputs, torch.float32, generator) as twin, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
         for name in order:
             try:
-                result = export_onnx(
-                    twin, inputs, Path(folder) / "model.onnx", exporter=name, dynamic_batch=dynamic, fail=math.inf
-                )
+                result = export_onnx(twin, inputs, path, exporter=name, dynamic_batch=dynamic, fail=sys.float_info.max)
             except ExportError as error:
                 failures.append(f"{name}: {error}")
                 continue
@@ -414,6 +411,37 @@ def _exported_difference(model: nn.Module, inputs: ExampleInputs, exporter: str)
             assert result.parity.varied, "the outputs of the exported model do not move with the input"
             return name, result.parity.max_rel
     raise ExportError(" | ".join(failures))
+
+
+def _awake(model: nn.Module, inputs: ExampleInputs) -> nn.Module:
+    """Returns a copy in which no parameter or statistic is constant, so that none can go wrong unseen.
+
+    Weights keep their initialisation; constants (zero biases and heads, unit scales, tiny layer scales) become random,
+    and running statistics those of a batch of random inputs, so that the network neither dies nor amplifies rounding.
+    """
+    import torch
+
+    twin, generator = copy.deepcopy(model).eval(), torch.Generator().manual_seed(0)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        values = tensor.detach()
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool((values == values.flatten()[0]).all()):
+            constant, normal = float(values.flatten()[0]), torch.randn(values.shape, generator=generator)
+            fan_in = values[0].numel() if values.dim() > 1 and values.shape.numel() > max(values.shape) else 100
+            values.copy_(constant * (1 + 0.3 * normal).clamp(0.4, 1.6) if abs(constant) > 0.01 else normal / fan_in**0.5)
+    batch = torch.randn(8, *inputs.shape[1:], generator=generator) if isinstance(inputs, torch.Tensor) else inputs
+
+    def follow(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        dims = [dim for dim in range(args[0].dim()) if dim != 1]
+        module.running_mean.copy_(args[0].mean(dims))  # type: ignore[operator, union-attr]
+        module.running_var.copy_(args[0].var(dims) + 1e-3)  # type: ignore[operator, union-attr]
+
+    normed = [m for m in twin.modules() if isinstance(getattr(m, "running_var", None), torch.Tensor)]
+    handles = [module.register_forward_pre_hook(follow) for module in normed]
+    with torch.no_grad():
+        twin(*batch) if isinstance(batch, tuple) else twin(batch)
+    for handle in handles:
+        handle.remove()
+    return twin
 
 
 def _allow_cpu_seconds(seconds: float) -> None:

@@ -12,7 +12,7 @@ from nni_prune_ext.cli import options as o
 
 def prune(
     model: o.ModelName,
-    out: Annotated[Path, typer.Option(help="Folder for plan.json, model.safetensors, model.onnx and report.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json and one artefact folder per network.")],
     target: o.Targets,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -37,65 +37,52 @@ def prune(
     batch_size: o.BatchSize = 128,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast in training.")] = "fp32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Train in channels-last memory format.")] = False,
+    control: Annotated[bool, typer.Option(help="With --epochs: train the dense network as long, as a row beside it.")] = True,
     seed: o.Seed = 0,
 ) -> None:
     """Prunes, certifies, recovers, exports to ONNX, checks parity, and measures before and after."""
-    import time  # imported here to keep --help instant
-    from dataclasses import replace
+    import copy  # imported here to keep --help instant
+    import time
 
     from rich.console import Console
 
     from nni_prune_ext.cli.job import loader, open_job, read_limits, read_options
-    from nni_prune_ext.costs import count_costs
-    from nni_prune_ext.deployment import (
-        check_writable,
-        compare_latency,
-        onnx_accuracy,
-        report_facts,
-        result_row,
-        with_latency,
-        write_artefacts,
-    )
-    from nni_prune_ext.evaluation import file_size_bytes
+    from nni_prune_ext.deployment import Variant, check_writable, compare_variants, result_facts
+    from nni_prune_ext.evaluation import environment
     from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
     from nni_prune_ext.pipeline import prune as run_prune
-    from nni_prune_ext.report import Row, before_after_table, write_report
-    from nni_prune_ext.training import accuracy, checked_settings
+    from nni_prune_ext.report import before_after_table, write_report
+    from nni_prune_ext.training import checked_settings, fit
 
     spec, targets = method_spec(method), parse_targets(target)
     options = read_options(option)
     method_options(spec, options)
     limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
     settings = checked_settings(learning_rate=learning_rate, precision=precision, channels_last=channels_last)
+    checked = checked_scope(scope)
     check_writable(out)
     job = open_job(model, weights=weights, pretrained=pretrained, data=data, num_classes=num_classes, input_shape=input_shape,
                    image_size=image_size, limit_images=limit_images, download=download, mean=mean, std=std, seed=seed)
     train = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
     test = loader(job.source, "test", 500) if job.source else None
-    began = time.perf_counter()
-    result = run_prune(job.model, job.example, method=method, target=targets, options=options, limits=limits,
-                       scope=checked_scope(scope), train_batches=train, recover_epochs=epochs, settings=settings, seed=seed)
-    seconds = time.perf_counter() - began
-    given = [next(iter(test))[0][:16]] if test else None
-    dense_files = write_artefacts(job.model, out / "dense", job.example, given_inputs=given)
-    files = write_artefacts(result.model, out, job.example, plan=result.plan, given_inputs=given, properties={"method": method})
-    dense_costs = count_costs(job.model, job.example)
-    dense = Row("dense", dense_costs.macs, dense_costs.params, onnx_bytes=file_size_bytes(dense_files.onnx),
-                parity=dense_files.export.parity.max_rel if dense_files.export.parity else None)
-    pruned = replace(result_row(result, files), seconds=seconds)
-    images = job.example[0] if test is None else next(iter(test))[0]
-    if test is not None:
-        dense = replace(dense, top1=accuracy(job.model, test), top1_onnx=onnx_accuracy(dense_files.onnx, test))
-        pruned = replace(pruned, top1_removed=accuracy(result.removed_only, test), top1=accuracy(result.model, test),
-                         top1_onnx=onnx_accuracy(files.onnx, test))
-    latency = compare_latency({"dense": dense_files.onnx, method: files.onnx}, images)
-    rows = with_latency([dense, pruned], latency)
-    facts = {**report_facts(result, latency), "model": model, "data": data, "seed": seed, "recovery_epochs": epochs}
-    write_report(out / "report.json", rows, facts)
     console = Console(width=160)
+    began = time.perf_counter()
+    result = run_prune(job.model, job.example, method=method, target=targets, options=options, limits=limits, scope=checked,
+                       train_batches=train, recover_epochs=epochs, settings=settings, seed=seed)
+    variants = [Variant("dense", job.model), Variant(method, result.model, result, time.perf_counter() - began)]
+    trained = len(result.logs)
+    if control and trained and train is not None:
+        longer, began = copy.deepcopy(job.model), time.perf_counter()
+        fit(longer, train, epochs=trained, settings=settings)
+        variants.insert(1, Variant("dense-trained-longer", longer, seconds=time.perf_counter() - began))
+    rows, latency = compare_variants(variants, out, job.example, test_batches=test,
+                                     progress=lambda text: console.print(text, style="dim", highlight=False))
+    facts = {"model": model, "data": data, "seed": seed, "recovery_epochs": epochs, "environment": environment(),
+             "latency": latency.to_dict(), **result_facts(result)}
+    write_report(out / "report.json", rows, facts)
     console.print(before_after_table(rows, title=f"{model}, {method}", caption=(
         f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %"
         + ("" if test else "; no data given: accuracy not measured"))))
     for achieved in result.achieved:
         console.print(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False)
-    console.print(f"artefacts in {out}", highlight=False)
+    console.print(f"artefacts in {out / method}, report in {out / 'report.json'}", highlight=False)

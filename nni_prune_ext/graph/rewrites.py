@@ -99,7 +99,7 @@ def find_rewrites(model: nn.Module, padding: Sequence[str], example_inputs: Exam
 def apply_rewrites(
     model: nn.Module, names: Iterable[str], example_inputs: ExampleInputs, *, share_tensors: bool = False
 ) -> nn.Module:
-    """Returns a copy of the model with the named modules replaced.
+    """Returns a copy of the model with the named modules replaced; those that are replaced already stay.
 
     Args:
         share_tensors: the copy holds the model's own parameters and buffers: for copies that are only read.
@@ -107,7 +107,8 @@ def apply_rewrites(
     Raises:
         PlanError: a named module is not one that can be replaced exactly.
     """
-    wanted = tuple(names)
+    existing = dict(model.named_modules())
+    wanted = [name for name in names if not isinstance(existing.get(name), ChannelSelect)]
     found = _selections(model, wanted, example_inputs) if wanted else {}
     result = copy_model(model, share_others=share_tensors)
     for name in wanted:
@@ -116,9 +117,7 @@ def apply_rewrites(
                 f"The plan rewrites the shortcut '{name}', which this {type(model).__name__} does not have in that form. "
                 "The plan was made for another model; make a new one with `nni-prune-ext plan`."
             )
-        replacement = found[name]
-        replacement.train(model.get_submodule(name).training)
-        result.set_submodule(name, replacement)
+        result.set_submodule(name, found[name].train(existing[name].training))
     return result
 
 

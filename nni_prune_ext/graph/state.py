@@ -18,7 +18,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for key, buffer in module._buffers.items()
     ]
-    with unchanged_globals(model):
+    with unchanged_globals():
         model.eval()
         try:
             yield
@@ -33,13 +33,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_globals(model: nn.Module) -> Iterator[None]:
-    """Restores the random state of the model's devices, and runs attention as separate operations meanwhile."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+def unchanged_globals() -> Iterator[None]:
+    """Restores random state and default dtype, and runs attention as separate operations meanwhile."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)
+    fastpath, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     with torch.random.fork_rng(devices=devices):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_default_dtype(dtype)
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the default generators without waking a CUDA that is not in use (``torch.manual_seed`` would seed it later)."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(seed)

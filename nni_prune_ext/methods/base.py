@@ -36,7 +36,8 @@ class Phase:
         name: unique within the method, shown in progress and logs.
         epochs: how many epochs; 0 runs the hooks only.
         trainable: which of the model's parameters (by name) are trained; ``None`` leaves ``requires_grad`` as it is.
-        optimizers: makes the optimizers of this phase; ``None`` takes the loop's own over the trainable parameters.
+        optimizers: makes the method's own optimizers for this phase; they keep the learning rates that they are given. The
+            loop's own takes every trainable parameter of the model that none of them holds.
         learning_rate_scale: factor on the loop's learning rate.
     """
 
@@ -92,6 +93,9 @@ class MethodContext(Protocol):
     def rewind(self, state: Mapping[str, Tensor]) -> None:
         """Loads weights of the original model into the current one, cut like it."""
 
+    def on_leave(self, undo: Callable[[], object]) -> None:
+        """Calls ``undo`` at the end of the phase, however it ends, or before the model is cut: for hooks on the model."""
+
     def log(self, values: Mapping[str, float]) -> None:
         """Notes numbers for the report."""
 
@@ -111,7 +115,10 @@ class PruningMethod:
         raise NotImplementedError
 
     def start(self, context: MethodContext, phase: Phase) -> None:
-        """Is called before the first epoch of every phase."""
+        """Is called before the first epoch of every phase, with modes and trainable parameters set.
+
+        Hooks on ``context.model`` are put here, each with ``context.on_leave(handle.remove)``.
+        """
 
     def compute_loss(self, context: MethodContext, batch: Batch) -> Tensor:
         """Returns the loss to minimise on a batch; the user's task loss unless overridden."""
@@ -126,11 +133,14 @@ class PruningMethod:
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Is called at the end of every epoch of a phase (0-based)."""
 
-    def on_removed(self, removal: Removal) -> None:
-        """Is told about every cut, so that scores, moments, masks and auxiliary modules follow (``removal.kept``)."""
+    def on_removed(self, context: MethodContext, removal: Removal) -> None:
+        """Is told about every cut, so that scores, moments, masks and auxiliary modules follow (``removal.kept``).
+
+        Hooks were taken off before the cut; those still needed are put on ``context.model`` again.
+        """
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
-        """Returns everything needed to resume: tensors and JSON values."""
+        """Returns everything needed to resume at the next phase, or to ``finish``: tensors and JSON values."""
         return {}, {}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
@@ -153,7 +163,7 @@ class MethodSpec:
         build: makes a fresh method from its configuration.
         needs_data: whether training batches are required.
         own_optimizers: whether some phase makes optimizers of its own.
-        changes_structure: whether channels are cut before the end.
+        changes_structure: whether channels may be cut before the end, with some options.
         products: what ``Outcome`` holds.
         demo_options: configuration for a run of about ten seconds on a small network.
     """

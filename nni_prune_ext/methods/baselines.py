@@ -22,14 +22,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from nni_prune_ext.errors import PluginError
-from nni_prune_ext.methods.base import MethodContext, MethodSpec, Outcome, Phase, PruningMethod
+from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan, plan_from_channels
-from nni_prune_ext.registry import load_plugin
-from nni_prune_ext.schedules import RatioPolicy, Schedule, SchedulerSpec
+from nni_prune_ext.schedules import build_ratio_policy, build_schedule
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
-from nni_prune_ext.scoring.group_reduction import group_importance
-from nni_prune_ext.scoring.weight_norms import geometric_median_distance, l1_norm, l2_norm, slice_rows
+from nni_prune_ext.scoring.group_reduction import group_importance, writer_rows
+from nni_prune_ext.scoring.weight_norms import geometric_median_distance, l1_norm, l2_norm
 
 Scores = Mapping[str, Tensor]
 
@@ -82,19 +80,29 @@ class CriterionPruning(PruningMethod):
         plan = self._plan(context, self.options.steps)
         return Outcome(plan)
 
+    def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
+        """Returns the ratios reached so far: the ratio policy looks at them."""
+        return {}, {"ratios": dict(self._ratios)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
+        """Restores the ratios."""
+        self._ratios = dict(cast("dict[str, float]", values["ratios"]))
+
     def _plan(self, context: MethodContext, step: int) -> PruningPlan:
-        schedule = cast("Schedule", _scheduler(self.options.schedule, "schedule"))
-        fraction = schedule(step / self.options.steps)
+        fraction = build_schedule(self.options.schedule)(step / self.options.steps)
         if fraction <= 0:
             return plan_from_channels(context.groups, {})
         ratios = self._policy(context, step) if self.options.ratio_policy else None
         allocation = context.allocate(self.criterion(context), fraction=fraction, ratios=ratios)
-        self._ratios = {g.name: 1 - allocation.kept[g.name] / g.num_channels for g in context.groups}
+        self._ratios = dict(allocation.ratios)
         return allocation.plan
 
     def _policy(self, context: MethodContext, step: int) -> Mapping[str, float]:
-        policy = cast("RatioPolicy", _scheduler(cast("str", self.options.ratio_policy), "ratio_policy"))
-        return policy(group_rows(context), self._ratios, step / self.options.steps)
+        policy = build_ratio_policy(cast("str", self.options.ratio_policy))
+        tensors = dict(context.model.named_parameters())
+        weights = {group.name: writer_rows(group, tensors) for group in context.groups}
+        previous = {group.name: self._ratios.get(group.name, 0.0) for group in context.groups}
+        return policy(weights, previous, step / self.options.steps)
 
 
 def weight_criterion(rule: Callable[[Tensor], Tensor], context: MethodContext) -> Scores:
@@ -132,34 +140,9 @@ def taylor_criterion(options: TaylorOptions, context: MethodContext) -> Scores:
     return totals
 
 
-def group_rows(context: MethodContext) -> dict[str, list[Tensor]]:
-    """Returns, per group, one ``(num_channels, K)`` tensor per writing layer, for ratio policies."""
-    tensors = dict(context.model.named_parameters())
-    result: dict[str, list[Tensor]] = {}
-    for group in context.groups:
-        rows = []
-        for member in group.members:
-            counts = torch.bincount(torch.from_numpy(member.channel), minlength=group.num_channels)
-            if member.role.value == "writer" and member.tensor in tensors and bool((counts == counts[0]).all()):
-                order = torch.from_numpy(member.channel).argsort(stable=True)
-                picked = slice_rows(tensors[member.tensor], member.dim)[torch.from_numpy(member.index)[order]]
-                rows.append(picked.reshape(group.num_channels, -1))
-        result[group.name] = rows
-    return result
-
-
-def _scheduler(name: str, kind: str) -> object:
-    spec = load_plugin("schedulers", name)
-    if not isinstance(spec, SchedulerSpec) or spec.kind != kind:
-        found = spec.kind if isinstance(spec, SchedulerSpec) else type(spec).__name__
-        raise PluginError(
-            f"The scheduler '{name}' is a {found}, expected a {kind}. `nni-prune-ext list` shows the kind of each scheduler."
-        )
-    return spec.build()
-
-
 def _baseline(name: str, summary: str, reference: str, rule: Callable[[MethodContext], Scores]) -> MethodSpec:
-    return MethodSpec(name, summary, reference, BaselineOptions, lambda options: CriterionPruning(options, rule))
+    return MethodSpec(name, summary, reference, BaselineOptions, lambda options: CriterionPruning(options, rule),
+                      changes_structure=True)
 
 
 L1 = _baseline("l1", "smallest mean magnitude goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l1_norm))
@@ -169,5 +152,5 @@ FPGM = _baseline("fpgm", "filters nearest to the geometric median go first", "ht
 RANDOM = _baseline("random", "a seeded draw: the baseline to beat", "none", random_criterion)
 TAYLOR = MethodSpec(
     "taylor", "smallest first-order effect on the loss goes first", "https://arxiv.org/abs/1906.10771", TaylorOptions,
-    lambda options: CriterionPruning(options, partial(taylor_criterion, options)), needs_data=True,
+    lambda options: CriterionPruning(options, partial(taylor_criterion, options)), needs_data=True, changes_structure=True,
 )

@@ -65,3 +65,18 @@ def group_importance(
     if total is None or votes is None:
         return torch.zeros(group.num_channels)
     return total / votes.clamp(min=1)
+
+
+def writer_rows(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Returns one ``(num_channels, K)`` float32 tensor per layer that writes all channels of a group, for ratio policies.
+
+    Row c holds all weights that write channel c. Layers that write some channels only, or some more often, are left out.
+    """
+    rows = []
+    for member in group.by_role(Role.WRITER):
+        counts = torch.bincount(torch.from_numpy(member.channel), minlength=group.num_channels)
+        if member.tensor in tensors and bool((counts == counts[0]).all()):
+            order = torch.from_numpy(member.index)[torch.from_numpy(member.channel).argsort(stable=True)]
+            picked = slice_rows(tensors[member.tensor], member.dim)
+            rows.append(picked[order.to(picked.device)].reshape(group.num_channels, -1))
+    return rows

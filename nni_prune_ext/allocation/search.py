@@ -1,0 +1,266 @@
+"""The search: scores and targets become a plan.
+
+Channels go in one order (by score, or by rank within their group) until every target is met. The cost of each prefix of
+this order follows in closed form from the shapes it would leave, so the target is met to within one channel and no model
+is run. Rounding to multiples is part of the search and only ever keeps more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nni_prune_ext.allocation.cost_model import CostModel, Reference
+from nni_prune_ext.allocation.targets import Achieved, Limits, Scope, Target
+from nni_prune_ext.errors import ConfigError, PluginError, TargetError
+from nni_prune_ext.graph.channel_groups import ChannelGroup
+from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.plan import PruningPlan, plan_from_channels
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A plan and what it reaches.
+
+    Attributes:
+        plan: channels to remove from the current model.
+        achieved: every target, asked (at this fraction of the way) and predicted.
+        kept: group → number of channels that stay.
+        ratios: group → share of the dense model's channels that is gone after the plan.
+        predicted: ``macs``, ``params``, ``memory`` and ``ratio`` after the plan.
+    """
+
+    plan: PruningPlan
+    achieved: tuple[Achieved, ...]
+    kept: Mapping[str, int]
+    ratios: Mapping[str, float]
+    predicted: Mapping[str, float]
+
+
+def allocate(
+    scores: Mapping[str, Tensor],
+    cost_model: CostModel,
+    *,
+    targets: Sequence[Target],
+    limits: Limits | None = None,
+    scope: Scope = "global",
+    ratios: Mapping[str, float] | None = None,
+    fraction: float = 1.0,
+    reference: Reference | None = None,
+) -> Allocation:
+    """Chooses which channels go so that every target is met with as few removals as possible.
+
+    Args:
+        scores: group → ``(num_channels,)`` importance, higher = keep; ``inf`` protects a channel.
+        targets: all must be met.
+        scope: ``global`` ranks the scores of all groups together, ``local`` prunes every group at the same ratio.
+        ratios: group → relative pruning ratio (a ratio policy); implies ranking within groups; a group with 0 goes
+            last.
+        fraction: share of the way from dense to the targets (and to least ratios of layers), for schedules.
+        reference: the dense model, where ``cost_model`` is of a model that is already cut.
+
+    Raises:
+        PluginError: scores or ratios of wrong shape, missing or not a number.
+        ConfigError: a limit for a layer that does not exist, or a fraction outside 0–1.
+        TargetError: a target is out of range or beyond the limits; the layers that bind are named.
+    """
+    for target in targets:
+        target.check()
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"A fraction of {fraction:g} of the target is out of range. Expected 0 to 1; check the schedule.")
+    search = _Search(scores, cost_model, limits or Limits(), scope, ratios, reference or Reference.of(cost_model), fraction)
+    bounds = [(t, _scaled_bound(t, search.dense(t), fraction)) for t in targets]
+    low, high = search.forced, len(search.order)
+    if not _met(search.values(high), bounds):
+        raise TargetError(search.explain(targets, bounds))
+    while low < high:
+        middle = (low + high) // 2
+        if _met(search.values(middle), bounds):
+            high = middle
+        else:
+            low = middle + 1
+    values = search.values(low)
+    achieved = tuple(Achieved(t, search.dense(t), bound, values[t.metric]) for t, bound in bounds)
+    counts = search.removed_counts(low)
+    removed = {name: search.ranked[name][:count] for name, count in counts.items() if count}
+    kept = {g.name: g.num_channels - counts[g.name] for g in cost_model.groups}
+    gone = {name: 1 - count / search.width(name) for name, count in kept.items()}
+    return Allocation(plan_from_channels(cost_model.groups, removed), achieved, kept, gone, values)
+
+
+def check_feasible(cost_model: CostModel, targets: Sequence[Target], limits: Limits | None = None) -> dict[str, float]:
+    """Refuses targets that no scores can reach, before any work.
+
+    Returns:
+        the lowest reachable ``macs``, ``params``, ``memory`` and the highest ``ratio``.
+
+    Raises:
+        TargetError: see ``allocate``.
+    """
+    flat = {group.name: torch.zeros(group.num_channels) for group in cost_model.groups}
+    search = _Search(flat, cost_model, limits or Limits(), "local", None, Reference.of(cost_model), 1.0)
+    if targets:
+        allocate(flat, cost_model, targets=targets, limits=limits, scope="local")
+    return search.values(len(search.order))
+
+
+class _Search:
+    """The order in which channels go, and the cost of every prefix of it."""
+
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        model: CostModel,
+        limits: Limits,
+        scope: Scope,
+        ratios: Mapping[str, float] | None,
+        reference: Reference,
+        fraction: float,
+    ) -> None:
+        limits.check(model.groups)
+        self.model, self.limits, self.reference, self.fraction = model, limits, reference, fraction
+        self.groups = list(model.groups)
+        self._scores = {g.name: _checked_scores(g, scores) for g in self.groups}
+        self._shares = _checked_ratios(self.groups, ratios) if ratios is not None or scope == "local" else None
+        self.ranked = {name: np.argsort(values, kind="stable") for name, values in self._scores.items()}
+        self._step = {g.name: _multiple_of(g, limits.multiple) for g in self.groups}
+        self._cumulated = {g.name: [self._positions(g, m.channel, (m.tensor, m.dim)) for m in g.members] for g in self.groups}
+        bounds = [self._bounds(group) for group in self.groups]
+        self._most = {group.name: most for group, (_, most) in zip(self.groups, bounds)}
+        self.forced = sum(least for least, _ in bounds)
+        keys = np.concatenate([np.empty(0), *(self._keys(group) for group in self.groups)])
+        free = np.concatenate([np.empty(0, np.bool_), *(np.arange(most) >= least for least, most in bounds)])
+        owner = np.repeat(np.arange(len(bounds)), [most for _, most in bounds])
+        self.order: NDArray[np.int64] = owner[np.lexsort((keys, free))]  # forced channels first, then by key; ties by group
+
+    def width(self, name: str) -> int:
+        """Returns the dense model's number of channels of a group."""
+        return self.reference.widths.get(name, self.model.groups[name].num_channels)
+
+    def dense(self, target: Target) -> float:
+        """Returns the dense model's value of a target's metric."""
+        return 0.0 if target.metric == "ratio" else self.reference.costs[target.metric]
+
+    def removed_counts(self, prefix: int) -> dict[str, int]:
+        """Returns group → number of channels removed by the first ``prefix`` removals, rounded to multiples."""
+        counts = np.bincount(self.order[:prefix], minlength=len(self.groups))
+        result = {}
+        for group, count in zip(self.groups, counts.tolist()):
+            step = self._step[group.name]
+            kept = min(-(-(group.num_channels - count) // step) * step, group.num_channels)
+            result[group.name] = group.num_channels - kept
+        return result
+
+    def values(self, prefix: int) -> dict[str, float]:
+        """Returns all metrics after the first ``prefix`` removals."""
+        counts = self.removed_counts(prefix)
+        lost: dict[tuple[str, int], int] = {}
+        for group in self.groups:
+            count = counts[group.name]
+            if count:
+                for key, cumulated in self._cumulated[group.name]:
+                    lost[key] = lost.get(key, 0) + int(cumulated[count - 1])
+        total = sum(self.reference.widths.values())
+        left = self.model.groups.num_channels - sum(counts.values())
+        return {**self.model.predict(lost), "ratio": 1 - left / total if total else 0.0}
+
+    def explain(self, targets: Sequence[Target], bounds: Sequence[tuple[Target, float]]) -> str:
+        """Says why the targets cannot be met: the nearest reachable values and the layers that cost most."""
+        best = self.values(len(self.order))
+        missed = [(t, b) for t, b in bounds if not _met(best, [(t, b)])]
+        target, bound = missed[0]
+        share = f" ({best[target.metric] / self.dense(target):.3f} of the dense model)" if self.dense(target) else ""
+        widest = sorted(self.groups, key=lambda g: self._most[g.name] - g.num_channels)[:3]
+        held = [f"'{g.name}' (keeps {g.num_channels - self._most[g.name]} of {g.num_channels})" for g in widest]
+        fixed = [f"'{p.root}' ({p.reason})" for p in self.model.groups.protected[:3]]
+        return (
+            f"The target {target} cannot be met: at most {bound:,.4g} asked for, the limits allow no less than "
+            f"{best[target.metric]:,.4g}{share}."
+            if target.metric != "ratio"
+            else f"The target {target} cannot be met: the limits allow a ratio of at most {best['ratio']:.3f}."
+        ) + (
+            f" Limits that bind: max_ratio={self.limits.max_ratio:g}, min_channels={self.limits.min_channels}, "
+            f"multiple={self.limits.multiple}; widest groups at their limit: {', '.join(held) or 'none'}; protected layers: "
+            f"{', '.join(fixed) or 'none'}. Raise max_ratio, exclude fewer layers, or ask for less."
+        )
+
+    def _bounds(self, group: ChannelGroup) -> tuple[int, int]:
+        """Returns the smallest and the largest number of channels that may go."""
+        limit = self.limits.of_group(group)
+        width = self.width(group.name)
+        already = width - group.num_channels
+        stay = max(self.limits.min_channels, math.ceil(width * (1 - limit.max_ratio) - 1e-9), 1)
+        most = max(min(group.num_channels - stay, int((self._scores[group.name] < math.inf).sum())), 0)
+        least = math.floor(width * limit.min_ratio * self.fraction + 1e-9) - already
+        return max(min(least, most), 0), most
+
+    def _keys(self, group: ChannelGroup) -> NDArray[np.float64]:
+        """Returns one sorting key per removable channel of a group, ascending."""
+        most = self._most[group.name]
+        if self._shares is None:
+            return self._scores[group.name][self.ranked[group.name]][:most]
+        width, share = self.width(group.name), self._shares[group.name]
+        gone = np.arange(1, most + 1) + width - group.num_channels
+        return gone / (width * share) if share else np.full(most, math.inf)
+
+    def _positions(
+        self, group: ChannelGroup, channel: NDArray[np.int64], key: tuple[str, int]
+    ) -> tuple[tuple[str, int], NDArray[np.int64]]:
+        """Returns how many positions are lost once the first n channels in order are gone."""
+        per_channel = np.bincount(channel, minlength=group.num_channels)
+        return key, np.cumsum(per_channel[self.ranked[group.name]])
+
+
+def _checked_scores(group: ChannelGroup, scores: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    given = scores.get(group.name)
+    if given is None or tuple(given.shape) != (group.num_channels,):
+        shape = "none" if given is None else str(tuple(given.shape))
+        raise PluginError(
+            f"Scores for group '{group.name}' have shape {shape}, expected ({group.num_channels},): one score per channel. "
+            "See docs/how-to/write_a_method.md."
+        )
+    array: NDArray[np.float64] = given.detach().double().cpu().numpy()
+    if np.isnan(array).any():
+        raise PluginError(
+            f"Scores for group '{group.name}' contain {int(np.isnan(array).sum())} NaN of {array.size}, expected numbers "
+            "(inf protects a channel). Check the criterion for empty slices or missing gradients."
+        )
+    return array
+
+
+def _checked_ratios(groups: Sequence[ChannelGroup], ratios: Mapping[str, float] | None) -> dict[str, float]:
+    """Returns one relative ratio per group; equal ones where no policy is in charge."""
+    if ratios is None:
+        return {group.name: 1.0 for group in groups}
+    result = {group.name: float(ratios.get(group.name, math.nan)) for group in groups}
+    for name, ratio in result.items():
+        if not 0 <= ratio < math.inf:
+            raise PluginError(
+                f"The relative ratio of group '{name}' is {ratios.get(name)}, expected one finite number of at least 0 per "
+                "group. Check the ratio policy."
+            )
+    if groups and not any(result.values()):
+        raise PluginError("The relative ratios of all groups are 0, expected one above 0. Check the ratio policy.")
+    return result
+
+
+def _multiple_of(group: ChannelGroup, multiple: int) -> int:
+    """Returns the step in channels of the group that moves its root's width by a multiple."""
+    root = next(m for m in group.by_role(Role.WRITER))
+    per_channel = np.bincount(root.channel, minlength=group.num_channels)
+    return multiple // math.gcd(multiple, max(int(per_channel.max()), 1))
+
+
+def _met(values: Mapping[str, float], bounds: Sequence[tuple[Target, float]]) -> bool:
+    return all(values[t.metric] >= b - 1e-12 if t.metric == "ratio" else values[t.metric] <= b + 1e-9 for t, b in bounds)
+
+
+def _scaled_bound(target: Target, dense: float, fraction: float) -> float:
+    full = target.bound(dense)
+    return full * fraction if target.metric == "ratio" else dense + (min(full, dense) - dense) * fraction

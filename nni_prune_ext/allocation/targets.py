@@ -1,0 +1,157 @@
+"""What the user asks for: targets, and the limits that no plan may exceed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from nni_prune_ext.errors import ConfigError, TargetError
+from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups
+from nni_prune_ext.graph.label_book import Role
+
+Metric = Literal["macs", "params", "memory", "ratio"]
+Scope = Literal["global", "local"]
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asks for.
+
+    Attributes:
+        metric: ``macs``, ``params`` or ``memory`` (bytes of the weights): an upper bound; ``ratio``: the share of prunable
+            channels to remove, a lower bound.
+        value: up to 1 a share of the dense model (``macs=0.5`` leaves half), above 1 an absolute number.
+    """
+
+    metric: Metric
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Reads ``metric=value`` with an optional k, M or G, for example ``macs=0.5`` or ``params=1.2M``.
+
+        Raises:
+            TargetError: it is not of that form or out of range.
+        """
+        match = re.fullmatch(r"\s*(macs|params|memory|ratio)\s*=\s*([0-9.]+(?:e-?[0-9]+)?)\s*([kKmMgG]?)\s*", text)
+        if match is None:
+            raise TargetError(
+                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, memory or ratio and VALUE a "
+                "share (macs=0.5) or a number with k, M or G (macs=62M)."
+            )
+        try:
+            value = float(match[2]) * _UNITS[match[3].lower()]
+        except ValueError as error:
+            raise TargetError(f"Cannot read '{match[2]}' in the target '{text}' as a number. Write for example macs=0.5.") from error
+        target = cls({"macs": "macs", "params": "params", "memory": "memory"}.get(match[1], "ratio"), value)  # type: ignore[arg-type]
+        target.check()
+        return target
+
+    def check(self) -> None:
+        """Refuses values out of range.
+
+        Raises:
+            TargetError: not positive, or a ratio of 1 or more.
+        """
+        if not self.value > 0 or (self.metric == "ratio" and self.value >= 1) or not math.isfinite(self.value):
+            span = "above 0 and below 1" if self.metric == "ratio" else "above 0: a share up to 1, or an absolute number"
+            raise TargetError(f"The target {self.metric}={self.value:g} is out of range. Expected a value {span}.")
+
+    def bound(self, dense: float) -> float:
+        """Returns the bound in the metric's own unit, given the dense model's value."""
+        return self.value if self.metric == "ratio" or self.value > 1 else self.value * dense
+
+    def __str__(self) -> str:
+        """Returns ``metric=value``."""
+        return f"{self.metric}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """One target, asked and reached, in the metric's own unit."""
+
+    target: Target
+    dense: float
+    asked: float
+    achieved: float
+
+    @property
+    def met(self) -> bool:
+        """Says whether the bound holds."""
+        if self.target.metric == "ratio":
+            return self.achieved >= self.asked - 1e-12
+        return self.achieved <= self.asked + 1e-9
+
+
+class LayerLimit(BaseModel):
+    """Smallest and largest pruning ratio (0–1) of the groups that a name pattern matches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_ratio: float = Field(0.0, ge=0, lt=1)
+    max_ratio: float = Field(1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerLimit:
+        if self.min_ratio > self.max_ratio:
+            raise ValueError(f"min_ratio {self.min_ratio} is above max_ratio {self.max_ratio}")
+        return self
+
+
+class Limits(BaseModel):
+    """What no plan may exceed.
+
+    Attributes:
+        max_ratio: largest share of a group's channels that may go.
+        min_channels: smallest number of channels that stay in a group.
+        multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more channels.
+        exclude: name patterns (``fnmatch``) of layers whose groups stay whole.
+        layers: name pattern → limits of its own; the first match counts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_ratio: float = Field(0.9, gt=0, le=1)
+    min_channels: int = Field(1, ge=1)
+    multiple: int = Field(1, ge=1)
+    exclude: tuple[str, ...] = ()
+    layers: dict[str, LayerLimit] = {}
+
+    def of_group(self, group: ChannelGroup) -> LayerLimit:
+        """Returns the smallest and largest pruning ratio of one group."""
+        if any(_matches(group, pattern) for pattern in self.exclude):
+            return LayerLimit(min_ratio=0.0, max_ratio=0.0)
+        own = next((limit for pattern, limit in self.layers.items() if _matches(group, pattern)), None)
+        return own or LayerLimit(min_ratio=0.0, max_ratio=self.max_ratio)
+
+    def check(self, groups: ChannelGroups) -> None:
+        """Refuses patterns that match no layer of the model.
+
+        Raises:
+            ConfigError: such a pattern, with the nearest names.
+        """
+        names = {name.rpartition(".")[0] for name in groups.shapes} | {m for g in groups for m in _layer_names(g)}
+        for pattern in (*self.exclude, *self.layers):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                close = get_close_matches(pattern, sorted(names), n=3) or sorted(names)[:3]
+                raise ConfigError(
+                    f"The limit for '{pattern}' matches no layer of the model. Expected a layer's name or a pattern such as "
+                    f"'layer1.*'; names near it: {', '.join(close)}. `nni-prune-ext plan` lists all layers."
+                )
+
+
+def _matches(group: ChannelGroup, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in _layer_names(group))
+
+
+def _layer_names(group: ChannelGroup) -> Iterator[str]:
+    for member in group.by_role(Role.WRITER, Role.DEPTHWISE):
+        yield member.tensor.removesuffix(".weight")

@@ -1,0 +1,81 @@
+"""What forward passes alone can do: measure accuracy and repair batch-norm statistics."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import nn
+
+from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.methods.base import Batch
+from nni_prune_ext.training.settings import Batches
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, batches: Batches, *, count: int = 100, forward: Callable[[nn.Module, Batch], object] | None = None
+) -> None:
+    """Re-estimates running statistics of all batch norms as the plain average over ``count`` batches, in place.
+
+    Channels were removed, so means and variances behind them have moved; this repairs them without training.
+
+    Args:
+        forward: how the model is called on a batch, for example the user's loss; by default on the batch, or on its first
+            item.
+
+    Raises:
+        ConfigError: there is no batch; the statistics are as before.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    before = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    seen = 0
+    with _modes_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        try:
+            with torch.no_grad():
+                for batch in islice(batches, count):
+                    (forward or _call_on_inputs)(model, batch)
+                    seen += 1
+        finally:
+            for norm, momentum, buffers in zip(norms, momenta, before):
+                norm.momentum = momentum
+                if not seen:
+                    norm.load_state_dict(buffers)
+    if not seen:
+        raise ConfigError("The data for batch-norm recalibration gave no batch, expected at least one. Check the data.")
+
+
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Returns top-1 accuracy (0–1) over ``(images, labels)`` batches in evaluation mode; NaN without a batch."""
+    right = total = 0
+    with _modes_kept(model), torch.no_grad():
+        model.eval()
+        for images, labels in batches:
+            right += int((model(images).argmax(1) == labels).sum())
+            total += len(labels)
+    return right / total if total else math.nan
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _call_on_inputs(model: nn.Module, batch: Batch) -> object:
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
