@@ -3,6 +3,7 @@ PYTHON ?= python3
 DATA ?= digits
 OUT ?= demo_output
 RESULTS ?= examples/benchmarks/results
+ARTEFACTS ?= demo_output
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -36,7 +37,7 @@ docs: $(VENV)/installed ## build the documentation; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 gpu-evidence: ## on a GPU machine: dense and pruned on torch and ONNX Runtime CUDA/TensorRT, resumable
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu_evidence.py --results '$(RESULTS)'
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu_evidence.py --artefacts '$(ARTEFACTS)' --results '$(RESULTS)'
 
 clean: ## remove everything that the targets made
 	rm -rf $(VENV) demo_output docs/_build build dist *.egg-info

@@ -4,8 +4,8 @@
     python examples/demo.py --data cifar10:ROOT --epochs 10   # CIFAR-10, as batches or as image folders
     python examples/demo.py --data imagefolder:PATH --image-size 64
 
-One dense network is trained once and shared. Beside the pruned networks the table shows the dense network trained for as
-many more epochs as the pruned ones recover. The test images are used for the numbers in the table only.
+One dense network is trained once and shared. Beside the pruned networks the table shows the dense network trained for
+as many more epochs as the pruned ones recover. The test images are used for the numbers in the table only.
 """
 
 from __future__ import annotations
@@ -43,10 +43,16 @@ def main() -> None:
     test = batches(source, "test", 500)
     console.print(
         f"{arguments.model} on {source.name}: {len(source.train)} training and {len(source.test)} test images, "
-        f"{channels}×{height}×{width}, {source.num_classes} classes", highlight=False)
+        f"{channels}×{height}×{width}, {source.num_classes} classes",
+        highlight=False,
+    )
 
     def show(log: EpochLog) -> None:
-        console.print(f"  {log.phase} epoch {log.epoch + 1}: loss {log.loss:.3f}, {log.seconds:.1f} s", style="dim", highlight=False)
+        console.print(
+            f"  {log.phase} epoch {log.epoch + 1}: loss {log.loss:.3f}, {log.seconds:.1f} s",
+            style="dim",
+            highlight=False,
+        )
 
     heavy = height * width * len(source.train) > 5e6
     dense_settings = TrainingSettings(learning_rate=0.1, precision="bf16" if heavy else "fp32", channels_last=heavy)
@@ -62,31 +68,71 @@ def main() -> None:
     for name in plugins("pruners"):
         began = time.perf_counter()
         result = npe.prune(
-            model, example, method=name, target=arguments.target, options=method_spec(name).demo_options, groups=groups,
-            limits=npe.Limits(multiple=arguments.multiple), train_batches=train, recover_epochs=arguments.recover_epochs, settings=recovery, seed=arguments.seed)
+            model,
+            example,
+            method=name,
+            target=arguments.target,
+            options=method_spec(name).demo_options,
+            groups=groups,
+            limits=npe.Limits(multiple=arguments.multiple),
+            train_batches=train,
+            recover_epochs=arguments.recover_epochs,
+            settings=recovery,
+            seed=arguments.seed,
+        )
         seconds = time.perf_counter() - began
         console.print(f"  {name}: pruned and recovered in {seconds:.1f} s", style="dim", highlight=False)
         variants.append(Variant(name, result.model, result, seconds))
         facts[name] = result_facts(result)
     rows, latency = compare_variants(
-        variants, out, example, test_batches=test,
-        progress=lambda text: console.print(f"  {text}", style="dim", highlight=False))
-    job = {"model": arguments.model, "data": arguments.data, "image_size": arguments.image_size, "limit": arguments.limit,
-           "num_classes": source.num_classes, "input_shape": list(source.input_shape), "target": arguments.target,
-           "epochs": arguments.epochs, "recover_epochs": arguments.recover_epochs, "multiple": arguments.multiple, "seed": arguments.seed}
-    write_report(out / "report.json", rows, {"job": job, "environment": environment(), "latency": latency.to_dict(), "methods": facts})
+        variants,
+        out,
+        example,
+        test_batches=test,
+        progress=lambda text: console.print(f"  {text}", style="dim", highlight=False),
+    )
+    job = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "image_size": arguments.image_size,
+        "limit": arguments.limit,
+        "num_classes": source.num_classes,
+        "input_shape": list(source.input_shape),
+        "target": arguments.target,
+        "epochs": arguments.epochs,
+        "recover_epochs": arguments.recover_epochs,
+        "multiple": arguments.multiple,
+        "seed": arguments.seed,
+    }
+    write_report(
+        out / "report.json",
+        rows,
+        {"job": job, "environment": environment(), "latency": latency.to_dict(), "methods": facts},
+    )
     write_text(out / "table.md", markdown_table(rows))
-    console.print(before_after_table(
-        rows, title=f"{arguments.model} on {source.name}, target {arguments.target}",
-        caption=f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %; "
-                f"trained {arguments.epochs} epochs, recovered {arguments.recover_epochs}; artefacts in {out}"))
+    console.print(
+        before_after_table(
+            rows,
+            title=f"{arguments.model} on {source.name}, target {arguments.target}",
+            caption=f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %; "
+            f"trained {arguments.epochs} epochs, recovered {arguments.recover_epochs}; artefacts in {out}",
+        )
+    )
 
 
 def batches(source: DataSource, split: str, size: int, *, seed: int = 0) -> BatchLoader:
     """Shuffled and varied for training, in order for the test."""
     train = split == "train"
-    return BatchLoader(source.splits()[split], size, shuffle=train, seed=seed, augment=source.augment if train else "none",
-                       mean=source.mean, std=source.std, drop_last=train)
+    return BatchLoader(
+        source.splits()[split],
+        size,
+        shuffle=train,
+        seed=seed,
+        augment=source.augment if train else "none",
+        mean=source.mean,
+        std=source.std,
+        drop_last=train,
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -95,7 +141,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default="demo_output", help="folder for the artefacts and the table")
     parser.add_argument("--model", default="resnet20", help="a model of `nni-prune-ext list models`")
     parser.add_argument("--target", default="macs=0.5")
-    parser.add_argument("--multiple", type=int, default=4, help="widths stay multiples of this: ONNX Runtime's CPU is slow below 4")
+    parser.add_argument(
+        "--multiple", type=int, default=4, help="widths stay multiples of this: ONNX Runtime's CPU is slow below 4"
+    )
     parser.add_argument("--epochs", type=int, default=12, help="training of the dense network")
     parser.add_argument("--recover-epochs", type=int, default=3, help="training after the cut")
     parser.add_argument("--image-size", type=int, default=None)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nni_prune_ext.errors import CertificateError, ModelError, NniPruneExtError
+from nni_prune_ext.errors import CertificateError, ModelError
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
 from nni_prune_ext.graph.randomised import difference, outputs, randomised, statistics_followed
 from nni_prune_ext.graph.rewrites import apply_rewrites
@@ -29,6 +29,10 @@ BOUND_FLOAT64 = 1e-9
 BOUND_FLOAT32 = 1e-4
 FLOAT64_PARAMS = 150_000_000
 """Above this many parameters the copies are made in float32."""
+_REFUSAL = (
+    "The plan cannot be carried out exactly: {}. Expected the outputs of the silenced model: protect the groups that "
+    "are not exact (verify_groups finds them), then plan again."
+)
 _NO_INPUT_EFFECT = "the output does not move with the input, so nothing was shown"
 _MORE_PROBES = 6
 """Probes added where the first ones show nothing."""
@@ -107,10 +111,7 @@ def remove_channels(
     certificate = certify_plan(model, plan, example_inputs, groups=groups, probes=probes, seed=seed)
     flaw = certificate.flaw()
     if flaw is not None:
-        raise CertificateError(
-            f"The plan cannot be carried out exactly: {flaw}. Expected equal outputs: protect the groups that are not "
-            "exact (verify_groups finds them), then plan again."
-        )
+        raise CertificateError(_REFUSAL.format(flaw))
     return removal.certified(certificate)
 
 
@@ -136,7 +137,10 @@ def certify_plan(
         if number >= probes and max(removal_effects) > bound and max(input_effects) > bound:
             break
         with randomised_probe(model, plan.rewrites, example_inputs, seed * 1_000_003 + number) as probe:
-            error, effect = probe.compare(plan, groups)
+            try:
+                error, effect = probe.compare(plan, groups)
+            except ModelError as failure:
+                raise CertificateError(_REFUSAL.format(_failure(failure))) from failure
         bound, dtype = probe.bound, probe.dtype
         errors.append(error)
         removal_effects.append(effect)
@@ -182,8 +186,12 @@ def verify_groups(
 
 
 def _half(group: ChannelGroup, generator: torch.Generator) -> Channels:
+    """Draws about half of the channels that each layer of the group writes first."""
     gone = np.zeros(group.num_channels, dtype=np.bool_)
-    gone[torch.randperm(group.num_channels, generator=generator).numpy()[: group.num_channels // 2]] = True
+    for _, channels in group.roots.values():
+        own = np.unique(channels)
+        order = torch.randperm(len(own), generator=generator).numpy()
+        gone[own[order[: max(1, len(own) // 2)]]] = True
     return spared(group, gone)
 
 
@@ -238,7 +246,7 @@ class Probe:
         """Returns the relative difference of removed to silenced, and of silenced to dense.
 
         Raises:
-            CertificateError: the compact copy does not run.
+            ModelError: the compact copy does not run.
         """
         removed = self.removed(plan, groups)
         silent_twin = silence_channels(self.twin, plan, self.inputs, groups=groups, share_others=True)
@@ -249,29 +257,25 @@ class Probe:
         """Returns the outputs of the compact copy.
 
         Raises:
-            CertificateError: the compact copy does not run.
+            ModelError: it does not run.
         """
         compact = cut_channels(self.twin, plan, self.inputs, groups=groups, share_others=True).model
-        try:
-            return outputs(compact, self.inputs, self.dtype)
-        except ModelError as error:
-            reason = str(error.__cause__).split("\n")[0]
-            raise CertificateError(f"after the cut the forward pass fails: {reason}") from error
+        return outputs(compact, self.inputs, self.dtype)
 
     def failure(self, plan: PruningPlan, groups: ChannelGroups) -> str | None:
         """Returns why the compact copy does not run, or ``None``."""
         try:
             self.removed(plan, groups)
-        except NniPruneExtError as failure:
-            return str(failure)
+        except ModelError as error:
+            return _failure(error)
         return None
 
     def flaw(self, plan: PruningPlan, groups: ChannelGroups) -> str | None:
         """Returns why the plan does not run or is not exact, or ``None``."""
         try:
             error, _ = self.compare(plan, groups)
-        except NniPruneExtError as failure:
-            return str(failure)
+        except ModelError as failure:
+            return _failure(failure)
         return None if error <= self.bound else _unequal(error, self.bound)
 
 
@@ -312,6 +316,10 @@ def _make_probe(
         rewrite_error = difference(outputs(twin, inputs, dtype), dense)
     effect = difference(outputs(twin, others, dtype), dense)
     return Probe(twin, inputs, dense, effect, rewrite_error, dtype)
+
+
+def _failure(error: ModelError) -> str:
+    return "after the cut the forward pass fails: " + (str(error.__cause__).splitlines() or ["no message"])[0]
 
 
 def _unequal(error: float, bound: float) -> str:

@@ -1,8 +1,9 @@
 """The counter: multiply–accumulates (MACs), parameters and bytes of a model, layer by layer.
 
-A MAC is one multiplication with one addition; convolutions, linear layers and matrix products (attention included) are
-counted, element-wise operations, norms, biases and pooling are not. MACs of a layer are the number of positions at which
-its weight is applied times the number of weights, so the cost after a cut follows from the cut weight's shape alone.
+A MAC is one multiplication with one addition; convolutions, linear layers and matrix products (attention included)
+are counted, element-wise operations, norms, biases and pooling are not. MACs of a layer are the number of positions at
+which its weight is applied times the number of weights, so the cost after a cut follows from the cut weight's shape
+alone.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ class _Counter(TorchFunctionMode):
         self._names = {id(p): name for name, p in model.named_parameters()}
 
     def __torch_function__(
-        self, func: Callable[..., object], types: Sequence[type], args: tuple[object, ...] = (),
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
@@ -175,9 +179,20 @@ def _einsum(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object],
 
 
 _COUNTERS: dict[str, Callable[[_Counter, tuple[object, ...], Mapping[str, object], object], None]] = {
-    "conv1d": _convolution, "conv2d": _convolution, "conv3d": _convolution,
-    "conv_transpose1d": _transposed, "conv_transpose2d": _transposed, "conv_transpose3d": _transposed,
-    "linear": _linear, "matmul": _matmul, "__matmul__": _matmul, "mm": _matmul, "bmm": _matmul,
-    "addmm": _added_matmul, "baddbmm": _added_matmul,
-    "scaled_dot_product_attention": _attention, "multi_head_attention_forward": _multi_head, "einsum": _einsum,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "conv_transpose1d": _transposed,
+    "conv_transpose2d": _transposed,
+    "conv_transpose3d": _transposed,
+    "linear": _linear,
+    "matmul": _matmul,
+    "__matmul__": _matmul,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "addmm": _added_matmul,
+    "baddbmm": _added_matmul,
+    "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head,
+    "einsum": _einsum,
 }

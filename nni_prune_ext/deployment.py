@@ -1,7 +1,7 @@
 """From a compact model to artefacts: plan, weights, checked ONNX, accuracy and latency on the runtimes.
 
-An artefact folder holds ``plan.json``, ``model.safetensors``, ``model.onnx`` and ``report.json``; the compact PyTorch model is
-rebuilt from the original model code with ``load_pruned``.
+An artefact folder holds ``plan.json``, ``model.safetensors`` and ``model.onnx``; the compact PyTorch model is rebuilt
+from the original model code with ``load_pruned``.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def runtime(name: str) -> InferenceRuntime:
     return cast("InferenceRuntime", made())
 
 
-def onnx_accuracy(path: Path, batches: ImageBatches, *, on: str = "onnxruntime-cpu", threads: int | None = None) -> float:
+def onnx_accuracy(
+    path: Path, batches: ImageBatches, *, on: str = "onnxruntime-cpu", threads: int | None = None
+) -> float:
     """Returns top-1 accuracy (0–1) of an ONNX file on a runtime.
 
     Raises:
@@ -130,7 +132,12 @@ def onnx_accuracy(path: Path, batches: ImageBatches, *, on: str = "onnxruntime-c
 
 
 def compare_latency(
-    paths: Mapping[str, Path], images: Tensor, *, on: str = "onnxruntime-cpu", rounds: int = 30, min_seconds: float = 2.0
+    paths: Mapping[str, Path],
+    images: Tensor,
+    *,
+    on: str = "onnxruntime-cpu",
+    rounds: int = 30,
+    min_seconds: float = 2.0,
 ) -> LatencyReport:
     """Measures several ONNX files side by side, one image at a time, the first one being the reference.
 
@@ -168,7 +175,7 @@ def compare_variants(
     test_batches: ImageBatches | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Row], LatencyReport]:
-    """Writes the artefacts of every variant and measures all of them side by side; the first one is the dense reference.
+    """Writes the artefacts of every variant and measures all side by side; the first one is the dense reference.
 
     Args:
         folder: gets one artefact folder per variant.
@@ -188,21 +195,33 @@ def compare_variants(
     for variant in variants:
         tell(f"exporting and checking {variant.name}")
         plan = variant.result.plan if variant.result else None
-        files = write_artefacts(variant.model, folder / variant.name, example_inputs, plan=plan, given_inputs=given,
-                                properties={"variant": variant.name})
+        files = write_artefacts(
+            variant.model,
+            folder / variant.name,
+            example_inputs,
+            plan=plan,
+            given_inputs=given,
+            properties={"variant": variant.name},
+        )
         paths[variant.name] = files.onnx
         row = _row(variant, files, example_inputs)
         if test_batches is not None:
             before = accuracy(variant.result.removed_only, test_batches) if variant.result else None
-            row = replace(row, top1_removed=before, top1=accuracy(variant.model, test_batches),
-                          top1_onnx=onnx_accuracy(files.onnx, test_batches))
+            row = replace(
+                row,
+                top1_removed=before,
+                top1=accuracy(variant.model, test_batches),
+                top1_onnx=onnx_accuracy(files.onnx, test_batches),
+            )
         rows.append(row)
     tell("measuring latency, all networks side by side")
     if images is None:
         images = next(tensors_in(example_inputs))
     latency = compare_latency(paths, images)
     measured = {row.name: row for row in latency.rows}
-    return [replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio) for row in rows], latency
+    return [
+        replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio) for row in rows
+    ], latency
 
 
 def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) -> Row:
@@ -216,7 +235,9 @@ def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) 
         onnx_bytes=file_size_bytes(artefacts.onnx),
         certificate=certificate.max_relative_error if certificate else None,
         parity=parity.max_rel if parity else None,
-        asked="; ".join(f"{a.target}: asked {a.asked:.6g}, achieved {a.achieved:.6g}" for a in result.achieved) if result else "",
+        asked="; ".join(f"{a.target}: asked {a.asked:.6g}, achieved {a.achieved:.6g}" for a in result.achieved)
+        if result
+        else "",
         seconds=variant.seconds,
     )
 
@@ -226,8 +247,10 @@ def result_facts(result: PruneResult) -> dict[str, object]:
     return {
         "method": result.method,
         "certificate": result.certificate.as_dict() if result.certificate else None,
-        "targets": [{"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
-                    for a in result.achieved],
+        "targets": [
+            {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
+            for a in result.achieved
+        ],
         "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
         "rewrites": list(result.groups.rewrites),
         "unreached": list(result.groups.unreached),

@@ -27,11 +27,11 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> object:
         if isinstance(example_inputs, tuple):
             return model(*example_inputs)
         return model(example_inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError) as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the example inputs ({describe(example_inputs)}): "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Expected inputs that model(...) accepts: pass a "
-            "tensor, a tuple of positional arguments or a dict of keyword arguments."
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Expected inputs that model(...) takes: "
+            "pass a tensor, a tuple of positional arguments or a dict of keyword arguments."
         ) from error
 
 
@@ -72,10 +72,16 @@ def random_like(example_inputs: ExampleInputs, generator: torch.Generator) -> Ex
 
     def draw(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
+            return (
+                torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
+            )
         if tensor.is_complex():
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.complex128).to(tensor.dtype).to(tensor.device)
-        if tensor.dtype is not torch.bool and tensor.unique().numel() > 2:
+            return (
+                torch.randn(tensor.shape, generator=generator, dtype=torch.complex128)
+                .to(tensor.dtype)
+                .to(tensor.device)
+            )
+        if tensor.dtype is not torch.bool and len(torch.unique(tensor)) > 2:
             low, high = int(tensor.min()), int(tensor.max())
             return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.dtype).to(tensor.device)
         order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)

@@ -22,6 +22,7 @@ from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
 from nni_prune_ext.plan import PruningPlan, removed_channels
 from nni_prune_ext.registry import load_plugin
+from nni_prune_ext.surgery import slice_state
 from nni_prune_ext.training import (
     Batches,
     EpochLog,
@@ -49,7 +50,7 @@ class PruneResult:
         costs: costs of the compact model, counted (not predicted).
         achieved: every target, asked and reached.
         removed_only: the compact model as it was right after the cut, before any recovery.
-        outcome: what the method handed over (weight masks, a gated model, facts).
+        outcome: what the method handed over (weight masks, cut to fit ``removed_only``; a gated model; facts).
         logs: one entry per training epoch of method and recovery.
     """
 
@@ -115,11 +116,21 @@ def prune(
     cost_model = CostModel.of(model, groups, dense)
     check_feasible(cost_model, targets, limits)
     run = MethodRun(
-        model=copy.deepcopy(model), batches_=train_batches or (), loss=loss, settings=settings, groups=groups,
-        example_inputs=example_inputs, targets=targets, limits=limits or Limits(), scope=scope, seed=seed,
+        model=copy.deepcopy(model),
+        batches_=train_batches or (),
+        loss=loss,
+        settings=settings,
+        groups=groups,
+        example_inputs=example_inputs,
+        targets=targets,
+        limits=limits or Limits(),
+        scope=scope,
+        seed=seed,
     )
     outcome = drive(built, run)
     removal = remove_channels(run.model, outcome.plan, example_inputs, groups=run.groups, seed=seed)
+    if outcome.weight_masks is not None:
+        outcome = replace(outcome, weight_masks=slice_state(outcome.weight_masks, removal.kept))
     plan = outcome.plan if run.applied is None else run.applied.then(outcome.plan)
     certificate = removal.certificate
     if run.applied is not None and plan.num_removed:
@@ -132,13 +143,23 @@ def prune(
         recalibrate_batchnorm(compact, train_batches, forward=loss)
         if recover_epochs:
             with seeded(compact, seed):
-                logs += [replace(log, phase="recovery") for log in fit(
-                    compact, train_batches, epochs=recover_epochs, settings=settings, loss=loss)]
+                logs += [
+                    replace(log, phase="recovery")
+                    for log in fit(compact, train_batches, epochs=recover_epochs, settings=settings, loss=loss)
+                ]
     costs = count_costs(compact, example_inputs)
     return PruneResult(
-        model=compact, plan=plan, certificate=certificate, groups=groups, dense=dense, costs=costs,
-        achieved=achieved_targets(targets, cost_model, plan, costs), removed_only=removal.model, outcome=outcome,
-        logs=tuple(logs), method=spec.name,
+        model=compact,
+        plan=plan,
+        certificate=certificate,
+        groups=groups,
+        dense=dense,
+        costs=costs,
+        achieved=achieved_targets(targets, cost_model, plan, costs),
+        removed_only=removal.model,
+        outcome=outcome,
+        logs=tuple(logs),
+        method=spec.name,
     )
 
 
@@ -204,8 +225,7 @@ def achieved_targets(
     counted: dict[str, float] = {key: float(value) for key, value in costs.as_dict().items()}
     counted["ratio"] = _removed_share(plan, cost_model.groups, total)
     return tuple(
-        Achieved(t, cast("float", reference.costs.get(t.metric, 0.0)), t.bound(reference.costs.get(t.metric, 0.0)),
-                 counted[t.metric])
+        Achieved(t, reference.costs.get(t.metric, 0.0), t.bound(reference.costs.get(t.metric, 0.0)), counted[t.metric])
         for t in targets
     )
 
@@ -222,5 +242,7 @@ def checked_scope(scope: str) -> Scope:
         ConfigError: it is neither ``global`` nor ``local``.
     """
     if scope not in ("global", "local"):
-        raise ConfigError(f"The scope is '{scope}', expected 'global' (one ranking) or 'local' (one ratio). Choose one.")
+        raise ConfigError(
+            f"The scope is '{scope}', expected 'global' (one ranking) or 'local' (one ratio). Choose one."
+        )
     return cast("Scope", scope)

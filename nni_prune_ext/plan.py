@@ -77,8 +77,9 @@ class PruningPlan(BaseModel):
             kept = [c for c in range(self.widths.get(root, 0)) if c not in gone]
             if len(kept) != width:
                 raise PlanError(
-                    f"The plans do not follow each other: '{root}' has {width} channels in the later plan, expected the "
-                    f"{len(kept)} that the first one leaves. Make the later plan from the model that the first one produced."
+                    f"The plans do not follow each other: '{root}' has {width} channels in the later plan, expected "
+                    f"the {len(kept)} that the first one leaves. Make the later plan from the model that the first "
+                    "one produced."
                 )
             if root in later.removed:
                 removed[root] = tuple(sorted(gone | {kept[c] for c in later.removed[root]}))
@@ -121,8 +122,8 @@ class PruningPlan(BaseModel):
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OutputError(
-                f"Cannot write the plan to '{path}': {error.strerror}. Expected a path in an existing folder; choose one that "
-                "you may write to."
+                f"Cannot write the plan to '{path}': {error.strerror}. Expected a path in an existing folder; choose "
+                "one that you may write to."
             ) from error
 
     @classmethod
@@ -135,7 +136,9 @@ class PruningPlan(BaseModel):
         try:
             return cls.from_json(path.read_text(encoding="utf-8"), source=f"'{path}'")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"Cannot read a pruning plan from '{path}': {error}. Give the path of a plan.json.") from error
+            raise PlanError(
+                f"Cannot read a pruning plan from '{path}': {error}. Give the path of a plan.json."
+            ) from error
 
 
 def plan_from_channels(groups: ChannelGroups, removed: Mapping[str, object]) -> PruningPlan:
@@ -154,19 +157,21 @@ def plan_from_channels(groups: ChannelGroups, removed: Mapping[str, object]) -> 
         gone = _as_mask(group, channels)
         for member in _emptied(group, gone):
             raise PlanError(
-                f"The plan removes all {len(member.index)} channels of '{root_name(member.tensor)}' (group '{name}'), expected "
-                "at least one to stay. Keep more channels of this group."
+                f"The plan removes all {len(member.index)} channels of '{root_name(member.tensor)}' (group '{name}'), "
+                "expected at least one to stay. Keep more channels of this group."
             )
         for root, (positions, numbers) in group.roots.items():
             lost = positions[gone[numbers]]
             if lost.size:
                 result[root] = tuple(int(c) for c in sorted(lost))
-    return PruningPlan(removed=result, widths=root_widths(groups), fingerprint=groups.fingerprint, rewrites=groups.rewrites)
+    return PruningPlan(
+        removed=result, widths=root_widths(groups), fingerprint=groups.fingerprint, rewrites=groups.rewrites
+    )
 
 
 def spared(group: ChannelGroup, gone: Channels) -> Channels:
     """Returns ``gone`` without the first channel of every layer of the group that would be left without any."""
-    result = gone.copy()
+    result: Channels = gone.copy()
     for member in _emptied(group, gone):
         if result[member.channel].all():
             result[member.channel[0]] = False
@@ -181,8 +186,9 @@ def removed_channels(plan: PruningPlan, groups: ChannelGroups) -> dict[str, Chan
     """
     if plan.fingerprint != groups.fingerprint:
         raise PlanError(
-            f"The plan was made for another model: fingerprint {plan.fingerprint[:12]}… in the plan, "
-            f"{groups.fingerprint[:12]}… traced. Use the model and the example inputs that the plan was made with."
+            f"The plan was made for another model: its fingerprint is {plan.fingerprint[:12]}…, expected "
+            f"{groups.fingerprint[:12]}…, that of this model. Use the model and the "
+            "example inputs that the plan was made with."
         )
     result: dict[str, Channels] = {}
     seen: set[str] = set()
@@ -197,16 +203,17 @@ def removed_channels(plan: PruningPlan, groups: ChannelGroups) -> dict[str, Chan
                 first = int(np.flatnonzero(torn)[0])
                 partner = int(positions[lost & (numbers == numbers[first])][0])
                 raise PlanError(
-                    f"The plan removes channel {partner} of '{root}' but keeps channel {int(positions[first])}, expected both or "
-                    "neither: they are tied, standing in equal places of a split or a grouped convolution. Plan by groups "
-                    "(plan_from_channels)."
+                    f"The plan removes channel {partner} of '{root}' but keeps {int(positions[first])}, expected "
+                    "both or neither: they are tied, as they stand in equal places of a split or of a grouped "
+                    "convolution. Plan by groups (plan_from_channels)."
                 )
         result[group.name] = gone
     unknown = sorted(set(plan.removed) - seen)
     if unknown:
         raise PlanError(
-            f"The plan removes channels of '{unknown[0]}', which is protected here; {len(seen)} layers may be pruned. Plan "
-            "with the same protected layers, or pass the groups that the plan was made with."
+            f"The plan removes channels of '{unknown[0]}', which is protected here, expected one of the {len(seen)} "
+            "layers that may be pruned. Plan with the same protected layers, or pass the groups that the plan was made "
+            "with."
         )
     return result
 
@@ -248,8 +255,8 @@ def plan_from_masks(groups: ChannelGroups, masks: Mapping[str, Channels]) -> Pru
             keep, width = np.asarray(given, dtype=np.bool_), groups.shapes[member.tensor][member.dim]
             if keep.shape != (width,):
                 raise PlanError(
-                    f"The mask for '{root_name(member.tensor)}' has shape {keep.shape}, expected ({width},): one value per "
-                    "output channel. Reduce masks of weights to output channels first."
+                    f"The mask for '{root_name(member.tensor)}' has shape {keep.shape}, expected ({width},): one value "
+                    "per output channel. Reduce masks of weights to output channels first."
                 )
             np.add.at(votes, member.channel, ~keep[member.index])
             np.add.at(vetoes, member.channel, keep[member.index])
@@ -263,7 +270,7 @@ def root_widths(groups: ChannelGroups) -> dict[str, int]:
     """Returns the original number of output channels of every prunable root."""
     widths: dict[str, int] = {}
     for group in groups:
-        for member in group.members:
+        for member in group.by_role(Role.WRITER):
             name = root_name(member.tensor)
             if name in group.roots:
                 widths.setdefault(name, groups.shapes[member.tensor][member.dim])

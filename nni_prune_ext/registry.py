@@ -77,7 +77,8 @@ def plugins(kind: Kind) -> dict[str, Plugin]:
         known = found.get(entry.name)
         if known is not None and known.location != location:
             raise PluginError(
-                f"Two {kind} are called '{entry.name}': '{known.location}' from {known.distribution} and '{location}' from "
+                f"Two {kind} are called '{entry.name}': '{known.location}' from {known.distribution} "
+                f"and '{location}' from "
                 f"{distribution}. Names must be unique; uninstall or rename one of them."
             )
         found.setdefault(entry.name, Plugin(entry.name, location, distribution))

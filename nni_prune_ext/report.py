@@ -52,16 +52,38 @@ class Row:
 def before_after_table(rows: Sequence[Row], *, title: str, caption: str = "") -> Table:
     """Returns a table for the terminal; the first row is the dense network, to which shares refer."""
     table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left", pad_edge=False)
-    for heading in ("network", "MACs", "left", "params", "left", "top-1 cut", "top-1", "top-1 ORT", "ONNX", "ms", "× dense",
-                    "certificate", "parity"):
+    for heading in (
+        "network",
+        "MACs",
+        "left",
+        "params",
+        "left",
+        "top-1 cut",
+        "top-1",
+        "top-1 ORT",
+        "ONNX",
+        "ms",
+        "× dense",
+        "certificate",
+        "parity",
+    ):
         table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
     dense = rows[0]
     for row in rows:
         table.add_row(
-            row.name, _count(row.macs), _share(row.macs, dense.macs), _count(row.params), _share(row.params, dense.params),
-            _percent(row.top1_removed), _percent(row.top1), _percent(row.top1_onnx), _bytes(row.onnx_bytes),
+            row.name,
+            _count(row.macs),
+            _share(row.macs, dense.macs),
+            _count(row.params),
+            _share(row.params, dense.params),
+            _percent(row.top1_removed),
+            _percent(row.top1),
+            _percent(row.top1_onnx),
+            _bytes(row.onnx_bytes),
             "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
-            "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}", _error(row.certificate), _error(row.parity),
+            "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
+            _error(row.certificate),
+            _error(row.parity),
         )
     return table
 
@@ -69,16 +91,23 @@ def before_after_table(rows: Sequence[Row], *, title: str, caption: str = "") ->
 def markdown_table(rows: Sequence[Row]) -> str:
     """Returns the same table as Markdown."""
     lines = [
-        "| network | MACs | params | top-1 after cut | top-1 | top-1 ORT | ONNX | ms | × dense | certificate | parity |",
+        "| network | MACs | params | top-1 cut | top-1 | top-1 ORT | ONNX | ms | × dense | certificate | parity |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     dense = rows[0]
     for row in rows:
         cells = [
-            row.name, f"{_count(row.macs)} ({_share(row.macs, dense.macs)})",
-            f"{_count(row.params)} ({_share(row.params, dense.params)})", _percent(row.top1_removed), _percent(row.top1),
-            _percent(row.top1_onnx), _bytes(row.onnx_bytes), "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
-            "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}", _error(row.certificate), _error(row.parity),
+            row.name,
+            f"{_count(row.macs)} ({_share(row.macs, dense.macs)})",
+            f"{_count(row.params)} ({_share(row.params, dense.params)})",
+            _percent(row.top1_removed),
+            _percent(row.top1),
+            _percent(row.top1_onnx),
+            _bytes(row.onnx_bytes),
+            "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
+            "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
+            _error(row.certificate),
+            _error(row.parity),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """Physical removal of channels, and its reference: the same model with these channels silenced.
 
-``remove_channels`` slices every parameter and buffer that holds removed channels, once, by name, in original coordinates.
-``silence_channels`` keeps all shapes and makes the consumers deaf to the removed channels; norms over channels take their
-statistics over the survivors. In evaluation mode both are the same function; ``certificate`` proves it per plan.
+``cut_channels`` slices every parameter and buffer that holds removed channels, once, by name, in original coordinates.
+``silence_channels`` keeps all shapes and makes the consumers deaf to the removed channels; norms over channels take
+their statistics over the survivors. In evaluation mode both are the same function; ``certificate`` proves it per plan.
 """
 
 from __future__ import annotations

@@ -7,6 +7,15 @@ from nni_prune_ext.allocation.search import Allocation, allocate, check_feasible
 from nni_prune_ext.allocation.targets import Achieved, LayerLimit, Limits, Metric, Scope, Target
 
 __all__ = [
-    "Achieved", "Allocation", "CostModel", "LayerLimit", "Limits", "Metric", "Reference", "Scope", "Target", "allocate",
+    "Achieved",
+    "Allocation",
+    "CostModel",
+    "LayerLimit",
+    "Limits",
+    "Metric",
+    "Reference",
+    "Scope",
+    "Target",
+    "allocate",
     "check_feasible",
 ]

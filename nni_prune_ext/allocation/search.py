@@ -1,8 +1,8 @@
 """The search: scores and targets become a plan.
 
 Channels go in one order (by score, or by rank within their group) until every target is met. The cost of each prefix of
-this order follows in closed form from the shapes it would leave, so the target is met to within one channel and no model
-is run. Rounding to multiples is part of the search and only ever keeps more.
+this order follows in closed form from the shapes it would leave, so the target is met to within one channel and no
+model is run. Rounding to multiples is part of the search and only ever keeps more.
 """
 
 from __future__ import annotations
@@ -73,8 +73,12 @@ def allocate(
     for target in targets:
         target.check()
     if not 0 <= fraction <= 1:
-        raise ConfigError(f"A fraction of {fraction:g} of the target is out of range. Expected 0 to 1; check the schedule.")
-    search = _Search(scores, cost_model, limits or Limits(), scope, ratios, reference or Reference.of(cost_model), fraction)
+        raise ConfigError(
+            f"A fraction of {fraction:g} of the target is out of range. Expected 0 to 1; check the schedule."
+        )
+    search = _Search(
+        scores, cost_model, limits or Limits(), scope, ratios, reference or Reference.of(cost_model), fraction
+    )
     bounds = [(t, _scaled_bound(t, search.dense(t), fraction)) for t in targets]
     low, high = search.forced, len(search.order)
     if not _met(search.values(high), bounds):
@@ -130,14 +134,18 @@ class _Search:
         self._shares = _checked_ratios(self.groups, ratios) if ratios is not None or scope == "local" else None
         self.ranked = {name: np.argsort(values, kind="stable") for name, values in self._scores.items()}
         self._step = {g.name: _multiple_of(g, limits.multiple) for g in self.groups}
-        self._cumulated = {g.name: [self._positions(g, m.channel, (m.tensor, m.dim)) for m in g.members] for g in self.groups}
+        self._cumulated = {
+            g.name: [self._positions(g, m.channel, (m.tensor, m.dim)) for m in g.members] for g in self.groups
+        }
         bounds = [self._bounds(group) for group in self.groups]
         self._most = {group.name: most for group, (_, most) in zip(self.groups, bounds)}
         self.forced = sum(least for least, _ in bounds)
         keys = np.concatenate([np.empty(0), *(self._keys(group) for group in self.groups)])
         free = np.concatenate([np.empty(0, np.bool_), *(np.arange(most) >= least for least, most in bounds)])
         owner = np.repeat(np.arange(len(bounds)), [most for _, most in bounds])
-        self.order: NDArray[np.int64] = owner[np.lexsort((keys, free))]  # forced channels first, then by key; ties by group
+        self.order: NDArray[np.int64] = owner[
+            np.lexsort((keys, free))
+        ]  # forced channels first, then by key; ties by group
 
     def width(self, name: str) -> int:
         """Returns the dense model's number of channels of a group."""
@@ -186,7 +194,8 @@ class _Search:
             else f"The target {target} cannot be met: the limits allow a ratio of at most {best['ratio']:.3f}."
         ) + (
             f" Limits that bind: max_ratio={self.limits.max_ratio:g}, min_channels={self.limits.min_channels}, "
-            f"multiple={self.limits.multiple}; widest groups at their limit: {', '.join(held) or 'none'}; protected layers: "
+            f"multiple={self.limits.multiple}; widest groups at their limit: "
+            f"{', '.join(held) or 'none'}; protected layers: "
             f"{', '.join(fixed) or 'none'}. Raise max_ratio, exclude fewer layers, or ask for less."
         )
 
@@ -222,13 +231,15 @@ def _checked_scores(group: ChannelGroup, scores: Mapping[str, Tensor]) -> NDArra
     if given is None or tuple(given.shape) != (group.num_channels,):
         shape = "none" if given is None else str(tuple(given.shape))
         raise PluginError(
-            f"Scores for group '{group.name}' have shape {shape}, expected ({group.num_channels},): one score per channel. "
+            f"Scores for group '{group.name}' have shape {shape}, expected ({group.num_channels},): "
+            "one score per channel. "
             "See docs/how-to/write_a_method.md."
         )
     array: NDArray[np.float64] = given.detach().double().cpu().numpy()
     if np.isnan(array).any():
         raise PluginError(
-            f"Scores for group '{group.name}' contain {int(np.isnan(array).sum())} NaN of {array.size}, expected numbers "
+            f"Scores for group '{group.name}' contain {int(np.isnan(array).sum())} NaN of "
+            f"{array.size}, expected numbers "
             "(inf protects a channel). Check the criterion for empty slices or missing gradients."
         )
     return array
@@ -242,7 +253,8 @@ def _checked_ratios(groups: Sequence[ChannelGroup], ratios: Mapping[str, float] 
     for name, ratio in result.items():
         if not 0 <= ratio < math.inf:
             raise PluginError(
-                f"The relative ratio of group '{name}' is {ratios.get(name)}, expected one finite number of at least 0 per "
+                f"The relative ratio of group '{name}' is {ratios.get(name)}, expected one finite "
+                "number of at least 0 per "
                 "group. Check the ratio policy."
             )
     if groups and not any(result.values()):
@@ -258,7 +270,9 @@ def _multiple_of(group: ChannelGroup, multiple: int) -> int:
 
 
 def _met(values: Mapping[str, float], bounds: Sequence[tuple[Target, float]]) -> bool:
-    return all(values[t.metric] >= b - 1e-12 if t.metric == "ratio" else values[t.metric] <= b + 1e-9 for t, b in bounds)
+    return all(
+        values[t.metric] >= b - 1e-12 if t.metric == "ratio" else values[t.metric] <= b + 1e-9 for t, b in bounds
+    )
 
 
 def _scaled_bound(target: Target, dense: float, fraction: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,8 +26,8 @@ class Target:
     """What the user asks for.
 
     Attributes:
-        metric: ``macs``, ``params`` or ``memory`` (bytes of the weights): an upper bound; ``ratio``: the share of prunable
-            channels to remove, a lower bound.
+        metric: ``macs``, ``params`` or ``memory`` (bytes of the weights): an upper bound; ``ratio``: the share of
+            prunable channels to remove, a lower bound.
         value: up to 1 a share of the dense model (``macs=0.5`` leaves half), above 1 an absolute number.
     """
 
@@ -44,14 +44,17 @@ class Target:
         match = re.fullmatch(r"\s*(macs|params|memory|ratio)\s*=\s*([0-9.]+(?:e-?[0-9]+)?)\s*([kKmMgG]?)\s*", text)
         if match is None:
             raise TargetError(
-                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, memory or ratio and VALUE a "
+                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, "
+                "memory or ratio and VALUE a "
                 "share (macs=0.5) or a number with k, M or G (macs=62M)."
             )
         try:
             value = float(match[2]) * _UNITS[match[3].lower()]
         except ValueError as error:
-            raise TargetError(f"Cannot read '{match[2]}' in the target '{text}' as a number. Write for example macs=0.5.") from error
-        target = cls({"macs": "macs", "params": "params", "memory": "memory"}.get(match[1], "ratio"), value)  # type: ignore[arg-type]
+            raise TargetError(
+                f"Cannot read '{match[2]}' in the target '{text}' as a number. Write for example macs=0.5."
+            ) from error
+        target = cls(cast("Metric", match[1]), value)
         target.check()
         return target
 
@@ -62,7 +65,9 @@ class Target:
             TargetError: not positive, or a ratio of 1 or more.
         """
         if not self.value > 0 or (self.metric == "ratio" and self.value >= 1) or not math.isfinite(self.value):
-            span = "above 0 and below 1" if self.metric == "ratio" else "above 0: a share up to 1, or an absolute number"
+            span = (
+                "above 0 and below 1" if self.metric == "ratio" else "above 0: a share up to 1, or an absolute number"
+            )
             raise TargetError(f"The target {self.metric}={self.value:g} is out of range. Expected a value {span}.")
 
     def bound(self, dense: float) -> float:
@@ -96,8 +101,8 @@ class LayerLimit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min_ratio: float = Field(0.0, ge=0, lt=1)
-    max_ratio: float = Field(1.0, ge=0, le=1)
+    min_ratio: float = Field(default=0.0, ge=0, lt=1)
+    max_ratio: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> LayerLimit:
@@ -112,16 +117,17 @@ class Limits(BaseModel):
     Attributes:
         max_ratio: largest share of a group's channels that may go.
         min_channels: smallest number of channels that stay in a group.
-        multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more channels.
+        multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more
+            channels.
         exclude: name patterns (``fnmatch``) of layers whose groups stay whole.
         layers: name pattern → limits of its own; the first match counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_ratio: float = Field(0.9, gt=0, le=1)
-    min_channels: int = Field(1, ge=1)
-    multiple: int = Field(1, ge=1)
+    max_ratio: float = Field(default=0.9, gt=0, le=1)
+    min_channels: int = Field(default=1, ge=1)
+    multiple: int = Field(default=1, ge=1)
     exclude: tuple[str, ...] = ()
     layers: dict[str, LayerLimit] = {}
 
@@ -143,7 +149,8 @@ class Limits(BaseModel):
             if not any(fnmatchcase(name, pattern) for name in names):
                 close = get_close_matches(pattern, sorted(names), n=3) or sorted(names)[:3]
                 raise ConfigError(
-                    f"The limit for '{pattern}' matches no layer of the model. Expected a layer's name or a pattern such as "
+                    f"The limit for '{pattern}' matches no layer of the model. Expected a layer's "
+                    "name or a pattern such as "
                     f"'layer1.*'; names near it: {', '.join(close)}. `nni-prune-ext plan` lists all layers."
                 )
 

@@ -32,11 +32,25 @@ def export(
     from nni_prune_ext.plan import PruningPlan
 
     if plan is not None and artefact is not None:
-        raise ConfigError("--plan and --artefact were both given, expected at most one: an artefact folder holds its own plan.")
+        raise ConfigError(
+            "--plan and --artefact were both given, expected at most one: an artefact folder holds its own plan."
+        )
     loaded = PruningPlan.load(plan) if plan is not None else None
     check_writable(out.parent)
-    job = open_job(model, weights=weights, pretrained=pretrained, data=None, num_classes=num_classes, input_shape=input_shape,
-                   image_size=image_size, limit_images=None, download=False, mean=None, std=None, seed=seed)
+    job = open_job(
+        model,
+        weights=weights,
+        pretrained=pretrained,
+        data=None,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        image_size=image_size,
+        limit_images=None,
+        download=False,
+        mean=None,
+        std=None,
+        seed=seed,
+    )
     network, properties = job.model, {}
     if artefact is not None:
         network = load_pruned(job.model, artefact, job.example)
@@ -47,7 +61,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     result = export_onnx(network, job.example, out, opset=opset, properties=properties)
     assert result.parity is not None
-    typer.echo(f"{out}: {result.size_bytes:,} bytes, opset {opset}, exporter {result.exporter}, largest relative difference to "
-               f"PyTorch {result.parity.max_rel:.1e} over {result.parity.num_inputs} inputs")
+    typer.echo(
+        f"{out}: {result.size_bytes:,} bytes, opset {opset}, exporter {result.exporter}, largest relative difference "
+        f"to PyTorch {result.parity.max_rel:.1e} over {result.parity.num_inputs} inputs"
+    )
     if result.fallback_reason:
         typer.echo(f"the first exporter failed: {result.fallback_reason}", err=True)

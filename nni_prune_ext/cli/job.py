@@ -27,8 +27,19 @@ class Job:
 
 
 def open_job(
-    model: str, *, weights: Path | None, pretrained: bool, data: str | None, num_classes: int | None, input_shape: str | None,
-    image_size: int | None, limit_images: int | None, download: bool, mean: str | None, std: str | None, seed: int,
+    model: str,
+    *,
+    weights: Path | None,
+    pretrained: bool,
+    data: str | None,
+    num_classes: int | None,
+    input_shape: str | None,
+    image_size: int | None,
+    limit_images: int | None,
+    download: bool,
+    mean: str | None,
+    std: str | None,
+    seed: int,
 ) -> Job:
     """Builds the model and opens the data; example inputs are one image of the data, or of ``--input-shape``."""
     import torch  # imported here to keep --help instant
@@ -39,9 +50,20 @@ def open_job(
     torch.manual_seed(seed)
     source = None
     if data is not None:
-        source = open_data(data, image_size=image_size, limit=limit_images, seed=seed, download=download,
-                           mean=_floats("--mean", mean), std=_floats("--std", std))
-    shape = _shape(input_shape) if input_shape else (1, *(source.input_shape if source else (3, *_default_size(model, image_size))))
+        source = open_data(
+            data,
+            image_size=image_size,
+            limit=limit_images,
+            seed=seed,
+            download=download,
+            mean=_floats("--mean", mean),
+            std=_floats("--std", std),
+        )
+    shape = (
+        _shape(input_shape)
+        if input_shape
+        else (1, *(source.input_shape if source else (3, *_default_size(model, image_size))))
+    )
     classes = num_classes if num_classes is not None else (source.num_classes if source else None)
     network = build_model(model, num_classes=classes, in_channels=shape[1], weights=weights, pretrained=pretrained)
     return Job(network, (torch.randn(shape),), source)
@@ -52,8 +74,14 @@ def loader(source: DataSource, split: str, batch_size: int, *, train: bool = Fal
     from nni_prune_ext.data.batches import BatchLoader  # imported here because it loads torch
 
     return BatchLoader(
-        source.splits()[split], batch_size, shuffle=train, seed=seed, augment=source.augment if train else "none",
-        mean=source.mean, std=source.std, drop_last=train and len(source.splits()[split]) > batch_size,
+        source.splits()[split],
+        batch_size,
+        shuffle=train,
+        seed=seed,
+        augment=source.augment if train else "none",
+        mean=source.mean,
+        std=source.std,
+        drop_last=train and len(source.splits()[split]) > batch_size,
     )
 
 
@@ -70,10 +98,14 @@ def read_limits(max_ratio: float, min_channels: int, multiple: int, exclude: lis
         try:
             layers[pattern] = LayerLimit(min_ratio=float(low or 0), max_ratio=float(high or 1))
         except ValueError as error:
-            raise ConfigError(f"Cannot read the layer limit '{text}'. Expected PATTERN=MIN:MAX with ratios in 0–1, for "
-                              "example 'layer1.*=0:0.3'.") from error
+            raise ConfigError(
+                f"Cannot read the layer limit '{text}'. Expected PATTERN=MIN:MAX with ratios in 0–1, for "
+                "example 'layer1.*=0:0.3'."
+            ) from error
     try:
-        return Limits(max_ratio=max_ratio, min_channels=min_channels, multiple=multiple, exclude=tuple(exclude), layers=layers)
+        return Limits(
+            max_ratio=max_ratio, min_channels=min_channels, multiple=multiple, exclude=tuple(exclude), layers=layers
+        )
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
@@ -100,9 +132,13 @@ def _shape(text: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError as error:
-        raise ConfigError(f"Cannot read the input shape '{text}'. Expected N,C,H,W, for example 1,3,224,224.") from error
+        raise ConfigError(
+            f"Cannot read the input shape '{text}'. Expected N,C,H,W, for example 1,3,224,224."
+        ) from error
     if len(shape) < 2 or min(shape) < 1:
-        raise ConfigError(f"The input shape '{text}' is not usable. Expected positive sizes N,C,H,W, for example 1,3,224,224.")
+        raise ConfigError(
+            f"The input shape '{text}' is not usable. Expected positive sizes N,C,H,W, for example 1,3,224,224."
+        )
     return shape
 
 
@@ -112,7 +148,9 @@ def _floats(option: str, text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"Cannot read {option} '{text}'. Expected one number per channel, for example 0.485,0.456,0.406.") from error
+        raise ConfigError(
+            f"Cannot read {option} '{text}'. Expected one number per channel, for example 0.485,0.456,0.406."
+        ) from error
 
 
 def _default_size(model: str, image_size: int | None) -> tuple[int, int]:

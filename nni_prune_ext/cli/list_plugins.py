@@ -9,7 +9,9 @@ import typer
 
 def list_plugins(
     kind: Annotated[str, typer.Argument(help="pruners, schedulers, runtimes or models; all if left out.")] = "",
-    check: Annotated[bool, typer.Option("--check", help="Import each one: summaries, and whether runtimes are usable.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Import each one: summaries, and whether runtimes are usable.")
+    ] = False,
 ) -> None:
     """Lists pruners, schedulers, runtimes and built-in models."""
     from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
@@ -24,7 +26,10 @@ def list_plugins(
             typer.echo(f"{one}:")
             for name, plugin in plugins(one).items():
                 detail = _detail(one, name) if check else plugin.location
-                typer.echo(f"  {name:22} {detail}" + ("" if plugin.distribution == "nni_prune_ext" else f"  ({plugin.distribution})"))
+                typer.echo(
+                    f"  {name:22} {detail}"
+                    + ("" if plugin.distribution == "nni_prune_ext" else f"  ({plugin.distribution})")
+                )
     if kind in ("", "models"):
         typer.echo("models:")
         typer.echo(f"  built in: {', '.join(builtin_names())}")

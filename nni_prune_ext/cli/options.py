@@ -10,13 +10,19 @@ import typer
 ModelName: TypeAlias = Annotated[
     str, typer.Argument(help="resnet56, torchvision:NAME, timm:NAME, or module.path:factory.", show_default=False)
 ]
-Weights: TypeAlias = Annotated[Path | None, typer.Option(help="Weights of the dense model: safetensors or a weights-only .pt.")]
-Pretrained: TypeAlias = Annotated[bool, typer.Option("--pretrained", help="Let torchvision or timm download its weights.")]
+Weights: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Weights of the dense model: safetensors or a weights-only .pt.")
+]
+Pretrained: TypeAlias = Annotated[
+    bool, typer.Option("--pretrained", help="Let torchvision or timm download its weights.")
+]
 Data: TypeAlias = Annotated[
     str | None, typer.Option(help="digits, cifar10:ROOT, imagefolder:PATH, or module.path:factory.")
 ]
 NumClasses: TypeAlias = Annotated[int | None, typer.Option(help="Classes of the model; the data's own by default.")]
-InputShape: TypeAlias = Annotated[str | None, typer.Option(help="N,C,H,W of the example input; the data's own by default.")]
+InputShape: TypeAlias = Annotated[
+    str | None, typer.Option(help="N,C,H,W of the example input; the data's own by default.")
+]
 ImageSize: TypeAlias = Annotated[int | None, typer.Option(help="Height and width of the images.")]
 LimitImages: TypeAlias = Annotated[int | None, typer.Option(help="At most so many images per split.")]
 Download: TypeAlias = Annotated[bool, typer.Option("--download", help="Let torchvision download CIFAR-10.")]
@@ -24,14 +30,19 @@ Mean: TypeAlias = Annotated[str | None, typer.Option(help="Mean per channel, com
 Std: TypeAlias = Annotated[str | None, typer.Option(help="Standard deviation per channel, comma-separated.")]
 Method: TypeAlias = Annotated[str, typer.Option(help="A registered pruner; see `list pruners`.")]
 Targets: TypeAlias = Annotated[
-    list[str], typer.Option("--target", help="macs=, params=, memory= (upper bounds) or ratio= (share removed); repeatable.")
+    list[str],
+    typer.Option("--target", help="macs=, params=, memory= (upper bounds) or ratio= (share removed); repeatable."),
 ]
 Options: TypeAlias = Annotated[list[str], typer.Option("--option", help="KEY=VALUE for the method; repeatable.")]
 MaxRatio: TypeAlias = Annotated[float, typer.Option(help="Largest share of a group's channels that may go.")]
 MinChannels: TypeAlias = Annotated[int, typer.Option(help="Smallest number of channels of a group.")]
 Multiple: TypeAlias = Annotated[int, typer.Option(help="Keep widths at multiples of this.")]
 Exclude: TypeAlias = Annotated[list[str], typer.Option(help="Name pattern of layers that stay whole; repeatable.")]
-LayerLimits: TypeAlias = Annotated[list[str], typer.Option("--layer", help="PATTERN=MIN:MAX pruning ratios; repeatable.")]
-ScopeOption: TypeAlias = Annotated[str, typer.Option("--scope", help="global: one ranking; local: one ratio for all groups.")]
+LayerLimits: TypeAlias = Annotated[
+    list[str], typer.Option("--layer", help="PATTERN=MIN:MAX pruning ratios; repeatable.")
+]
+ScopeOption: TypeAlias = Annotated[
+    str, typer.Option("--scope", help="global: one ranking; local: one ratio for all groups.")
+]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of everything random.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(help="Images per batch.")]

@@ -53,39 +53,77 @@ def plan(
     limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
     if save is not None:
         check_writable(save.parent)
-    job = open_job(model, weights=weights, pretrained=pretrained, data=data, num_classes=num_classes, input_shape=input_shape,
-                   image_size=image_size, limit_images=limit_images, download=download, mean=mean, std=std, seed=seed)
+    job = open_job(
+        model,
+        weights=weights,
+        pretrained=pretrained,
+        data=data,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        image_size=image_size,
+        limit_images=limit_images,
+        download=download,
+        mean=mean,
+        std=std,
+        seed=seed,
+    )
     groups = verify_groups(job.model, job.example, trace_channel_groups(job.model, job.example), seed=seed)
     dense = count_costs(job.model, job.example)
     lowest = check_feasible(CostModel.of(job.model, groups, dense), targets, limits)
     result = None
     if targets:
         batches = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
-        result = run_prune(job.model, job.example, method=method, target=targets, options=read_options(option), limits=limits,
-                           scope=checked_scope(scope), train_batches=batches, groups=groups, seed=seed)
+        result = run_prune(
+            job.model,
+            job.example,
+            method=method,
+            target=targets,
+            options=read_options(option),
+            limits=limits,
+            scope=checked_scope(scope),
+            train_batches=batches,
+            groups=groups,
+            seed=seed,
+        )
     console = Console()
-    table = Table(title=f"{model}: {len(groups)} channel groups, {groups.num_channels} removable channels", title_justify="left")
+    table = Table(
+        title=f"{model}: {len(groups)} channel groups, {groups.num_channels} removable channels", title_justify="left"
+    )
     for heading in ("root", "channels", "layers", "would go" if result else ""):
         table.add_column(heading)
     for group in groups:
         gone = len(result.plan.removed.get(group.name, ())) if result else None
-        table.add_row(group.name, str(group.num_channels), str(len({m.tensor.rpartition('.')[0] for m in group.members})),
-                      "" if gone is None else str(gone))
+        table.add_row(
+            group.name,
+            str(group.num_channels),
+            str(len({m.tensor.rpartition(".")[0] for m in group.members})),
+            "" if gone is None else str(gone),
+        )
     console.print(table)
     for protected in groups.protected:
-        console.print(f"protected: {protected.root} ({protected.width}): {protected.reason}", markup=False, highlight=False)
+        console.print(
+            f"protected: {protected.root} ({protected.width}): {protected.reason}", markup=False, highlight=False
+        )
     for name in groups.rewrites:
         console.print(f"rewritten exactly before the cut: {name}", markup=False, highlight=False)
     if groups.unreached:
-        console.print(f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}", markup=False, highlight=False)
+        console.print(
+            f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}",
+            markup=False,
+            highlight=False,
+        )
     console.print(
         f"dense: {dense.macs:,} MACs, {dense.params:,} parameters, {dense.weight_bytes:,} bytes; reachable: down to "
         f"{lowest['macs'] / max(dense.macs, 1):.3f} of the MACs, {lowest['params'] / max(dense.params, 1):.3f} of the "
-        f"parameters, ratio up to {lowest['ratio']:.3f}", highlight=False,
+        f"parameters, ratio up to {lowest['ratio']:.3f}",
+        highlight=False,
     )
     if result is not None:
         for achieved in result.achieved:
-            console.print(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False)
+            console.print(
+                f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}",
+                highlight=False,
+            )
         assert result.certificate is None or result.certificate.exact
         if save is not None:
             save.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,12 @@ def prune(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of all training.")] = 0.01,
     batch_size: o.BatchSize = 128,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast in training.")] = "fp32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Train in channels-last memory format.")] = False,
-    control: Annotated[bool, typer.Option(help="With --epochs: train the dense network as long, as a row beside it.")] = True,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Train in channels-last memory format.")
+    ] = False,
+    control: Annotated[
+        bool, typer.Option(help="With --epochs: train the dense network as long, as a row beside it.")
+    ] = True,
     seed: o.Seed = 0,
 ) -> None:
     """Prunes, certifies, recovers, exports to ONNX, checks parity, and measures before and after."""
@@ -61,28 +65,72 @@ def prune(
     settings = checked_settings(learning_rate=learning_rate, precision=precision, channels_last=channels_last)
     checked = checked_scope(scope)
     check_writable(out)
-    job = open_job(model, weights=weights, pretrained=pretrained, data=data, num_classes=num_classes, input_shape=input_shape,
-                   image_size=image_size, limit_images=limit_images, download=download, mean=mean, std=std, seed=seed)
+    job = open_job(
+        model,
+        weights=weights,
+        pretrained=pretrained,
+        data=data,
+        num_classes=num_classes,
+        input_shape=input_shape,
+        image_size=image_size,
+        limit_images=limit_images,
+        download=download,
+        mean=mean,
+        std=std,
+        seed=seed,
+    )
     train = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
     test = loader(job.source, "test", 500) if job.source else None
     console = Console(width=160)
     began = time.perf_counter()
-    result = run_prune(job.model, job.example, method=method, target=targets, options=options, limits=limits, scope=checked,
-                       train_batches=train, recover_epochs=epochs, settings=settings, seed=seed)
+    result = run_prune(
+        job.model,
+        job.example,
+        method=method,
+        target=targets,
+        options=options,
+        limits=limits,
+        scope=checked,
+        train_batches=train,
+        recover_epochs=epochs,
+        settings=settings,
+        seed=seed,
+    )
     variants = [Variant("dense", job.model), Variant(method, result.model, result, time.perf_counter() - began)]
     trained = len(result.logs)
     if control and trained and train is not None:
         longer, began = copy.deepcopy(job.model), time.perf_counter()
         fit(longer, train, epochs=trained, settings=settings)
         variants.insert(1, Variant("dense-trained-longer", longer, seconds=time.perf_counter() - began))
-    rows, latency = compare_variants(variants, out, job.example, test_batches=test,
-                                     progress=lambda text: console.print(text, style="dim", highlight=False))
-    facts = {"model": model, "data": data, "seed": seed, "recovery_epochs": epochs, "environment": environment(),
-             "latency": latency.to_dict(), **result_facts(result)}
+    rows, latency = compare_variants(
+        variants,
+        out,
+        job.example,
+        test_batches=test,
+        progress=lambda text: console.print(text, style="dim", highlight=False),
+    )
+    facts = {
+        "model": model,
+        "data": data,
+        "seed": seed,
+        "recovery_epochs": epochs,
+        "environment": environment(),
+        "latency": latency.to_dict(),
+        **result_facts(result),
+    }
     write_report(out / "report.json", rows, facts)
-    console.print(before_after_table(rows, title=f"{model}, {method}", caption=(
-        f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %"
-        + ("" if test else "; no data given: accuracy not measured"))))
+    console.print(
+        before_after_table(
+            rows,
+            title=f"{model}, {method}",
+            caption=(
+                f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %"
+                + ("" if test else "; no data given: accuracy not measured")
+            ),
+        )
+    )
     for achieved in result.achieved:
-        console.print(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False)
+        console.print(
+            f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False
+        )
     console.print(f"artefacts in {out / method}, report in {out / 'report.json'}", highlight=False)

@@ -19,7 +19,7 @@ from nni_prune_ext.data.image_folders import (
     decode_images,
     find_splits,
 )
-from nni_prune_ext.data.specs import did_you_mean, import_factory
+from nni_prune_ext.specs import did_you_mean, import_factory
 from nni_prune_ext.data.splitting import split_off, split_off_share
 from nni_prune_ext.errors import ConfigError, DataError
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -143,12 +144,13 @@ class ChannelGroups:
 def trace_channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGroups:
     """Finds the channel groups of a model from one forward pass in evaluation mode.
 
-    The model is left as it was: mode, hooks, gradients, random state, ``requires_grad`` and memory format. Frozen models
-    trace like others. Channels that reach the model's output, that meet something not understood, or that a known
-    mixing operation reduces over, are protected, with the reason.
+    The model is left as it was: mode, hooks, gradients, buffers, random state, ``requires_grad`` and memory format.
+    Frozen models trace like others. Channels that reach the model's output, that meet something not understood, or that
+    a known mixing operation reduces over, are protected, with the reason.
 
     Args:
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; batch size 1 is enough.
+        model: any module that runs on the example inputs.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; a batch of 1 will do.
 
     Raises:
         ModelError: the model does not run on the example inputs.
@@ -170,9 +172,10 @@ def _collect(model: nn.Module, trace: Trace, rewrites: tuple[str, ...]) -> Chann
     writers = [key for key, entry in book.entries.items() if entry.role is Role.WRITER]
     if not writers:
         raise TraceError(
-            f"No layer of {type(model).__name__} was seen to write channels: the forward pass calls no convolution, linear "
-            "layer or embedding that PyTorch can intercept (a scripted or compiled model?). Pass the plain nn.Module."
+            f"No layer of {type(model).__name__} was seen to write channels, expected a convolution, linear layer or "
+            "embedding that PyTorch can intercept (is the model scripted or compiled?). Pass the plain nn.Module."
         )
+    _freeze_second_directions(book, writers)
     frozen = book.frozen()
     groups = _build_groups(book, writers, _group_channels(book, writers, frozen))
     unreached = tuple(name for name, _ in model.named_parameters() if name not in trace.visited)
@@ -184,6 +187,17 @@ def _collect(model: nn.Module, trace: Trace, rewrites: tuple[str, ...]) -> Chann
         rewrites=rewrites,
         unreached=unreached,
     )
+
+
+def _freeze_second_directions(book: LabelBook, writers: list[tuple[str, int]]) -> None:
+    """Protects what a tied weight writes in a second direction: plans name channels by layer, without the direction."""
+    calls = Counter(tensor for tensor, _ in writers)
+    first: dict[str, int] = {}
+    for tensor, dim in [(tensor, dim) for tensor, dim in writers if calls[tensor] > 1]:
+        frozen = book.frozen()
+        free = [label for label in book.find(book.entries[tensor, dim].labels).tolist() if label not in frozen]
+        if free and first.setdefault(tensor, dim) != dim:
+            book.freeze(np.array(free), f"'{tensor}' is tied and writes channels in two directions")
 
 
 def _fingerprint(
@@ -204,9 +218,7 @@ def root_name(tensor: str) -> str:
     return tensor.removesuffix(".weight").removesuffix(".selection")
 
 
-def _group_channels(
-    book: LabelBook, writers: list[tuple[str, int]], frozen: Mapping[int, str]
-) -> list[list[int]]:
+def _group_channels(book: LabelBook, writers: list[tuple[str, int]], frozen: Mapping[int, str]) -> list[list[int]]:
     """Returns, per group, its channels (representative labels) in forward order.
 
     Channels belong to one group if some layer writes both.

@@ -1,7 +1,7 @@
-"""Randomised copies of a model, in which no symmetry hides a wrong index, and the comparison of what two models compute.
+"""Randomised copies of a model, in which no symmetry hides a wrong index, and how far two models are apart.
 
-Every floating-point parameter and statistic is random, also those initialised to zero or one. Weights are scaled so that
-signals neither die nor explode, and running statistics follow the activations.
+Every floating-point parameter and statistic is random, also those initialised to zero or one. Weights are scaled so
+that signals neither die nor explode, and running statistics follow the activations.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def statistics_followed(model: nn.Module, generator: torch.Generator) -> Iterato
 
     def follow(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
         def hook(module: nn.Module, args: tuple[object, ...]) -> None:
-            x, mean, var = args[0] if args else None, module._buffers.get("running_mean"), module._buffers["running_var"]
-            if not isinstance(x, Tensor) or mean is None or var is None or x.dim() < 2 or var.shape != x.shape[1:2]:
+            x, mean, var = args[0] if args else None, module.running_mean, module.running_var
+            if not isinstance(x, Tensor) or not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+                return
+            if x.dim() < 2 or not x.shape[1:2] == mean.shape == var.shape:
                 return
             if name in seen:
                 repeated.append(name)
@@ -65,7 +67,8 @@ def statistics_followed(model: nn.Module, generator: torch.Generator) -> Iterato
     handles = [
         module.register_forward_pre_hook(follow(name))
         for name, module in model.named_modules()
-        if module._buffers.get("running_var") is not None
+        if hasattr(module, "running_mean") and hasattr(module, "running_var")
+        if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
     ]
     try:
         yield repeated

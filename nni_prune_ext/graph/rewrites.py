@@ -114,8 +114,8 @@ def apply_rewrites(
     for name in wanted:
         if name not in found:
             raise PlanError(
-                f"The plan rewrites the shortcut '{name}', which this {type(model).__name__} does not have in that form. "
-                "The plan was made for another model; make a new one with `nni-prune-ext plan`."
+                f"The plan rewrites '{name}', expected a parameter-free shortcut that pads channels, which this "
+                f"{type(model).__name__} does not have there. Make a new plan for this model (`nni-prune-ext plan`)."
             )
         result.set_submodule(name, found[name].train(existing[name].training))
     return result
@@ -175,7 +175,11 @@ def _candidate(x: Tensor, out: Tensor, average: bool) -> ChannelSelect | None:
     if small.shape[2:] != out.shape[2:]:
         return None
     selection = out[0, :, None, 0, 0] == small[0, None, :, 0, 0]
-    return None if int(selection.sum(1).max()) > 1 else ChannelSelect(selection, stride=stride, average=average).to(x.device)
+    return (
+        None
+        if int(selection.sum(1).max()) > 1
+        else ChannelSelect(selection, stride=stride, average=average).to(x.device)
+    )
 
 
 def _subsample(x: Tensor, stride: int, average: bool) -> Tensor:

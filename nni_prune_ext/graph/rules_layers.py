@@ -25,7 +25,9 @@ Function = Callable[..., object]
 @rule("conv1d", "conv2d", "conv3d")
 def _convolution(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     x, weight, bias = (tensor_argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias")))
-    assert x is not None and weight is not None and isinstance(out, Tensor)
+    assert x is not None
+    assert weight is not None
+    assert isinstance(out, Tensor)
     groups = cast("int", argument(args, kwargs, 6, "groups", 1))
     channel_dim = x.dim() - weight.dim() + 1
     name = t.name_of(weight)
@@ -55,7 +57,9 @@ def _convolution(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keyw
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _transposed_convolution(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     x, weight, bias = (tensor_argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias")))
-    assert x is not None and weight is not None and isinstance(out, Tensor)
+    assert x is not None
+    assert weight is not None
+    assert isinstance(out, Tensor)
     groups = cast("int", argument(args, kwargs, 6, "groups", 1))
     channel_dim = x.dim() - weight.dim() + 1
     name = t.name_of(weight)
@@ -84,7 +88,9 @@ def _transposed_convolution(t: ChannelTracer, func: Function, args: Arguments, k
 @rule("linear")
 def _linear(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     x, weight, bias = (tensor_argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias")))
-    assert x is not None and weight is not None and isinstance(out, Tensor)
+    assert x is not None
+    assert weight is not None
+    assert isinstance(out, Tensor)
     name = t.name_of(weight)
     if name is None:
         t.freeze_arguments((args, dict(kwargs)), f"the weight of {t.place} is computed in its forward")
@@ -129,7 +135,8 @@ def _layer_norm(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywo
     x, weight = tensor_argument(args, kwargs, 0, "input"), tensor_argument(args, kwargs, 2, "weight")
     bias = tensor_argument(args, kwargs, 3, "bias") if getattr(func, "__name__", "") == "layer_norm" else None
     shape = cast("tuple[int, ...]", argument(args, kwargs, 1, "normalized_shape"))
-    assert x is not None and isinstance(out, Tensor)
+    assert x is not None
+    assert isinstance(out, Tensor)
     labels = t.labels_of(x)
     if labels is None:
         return
@@ -150,7 +157,8 @@ def _layer_norm(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywo
 @rule("prelu")
 def _prelu(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     x, weight = tensor_argument(args, kwargs, 0, "input"), tensor_argument(args, kwargs, 1, "weight")
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     if weight.numel() > 1:
         read = t.vector(x, 1, "a PReLU")
         name = t.name_of(weight)
@@ -162,15 +170,26 @@ def _prelu(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, 
 @rule("channel_select")
 def _channel_select(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     x, selection = args[0], args[1]
-    assert isinstance(x, Tensor) and isinstance(selection, Tensor)
+    assert isinstance(x, Tensor)
+    assert isinstance(selection, Tensor)
     name = t.name_of(selection)
     assert name is not None
     _read(t, name, 1, t.vector(x, 1, "a shortcut"))
     t.set_vector(out, t.book.written(name, 0, selection.shape[0]), 1)
 
 
-@rule("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "scaled_dot_product_attention", "baddbmm", "addmm",
-      "multi_head_attention_forward")
+@rule(
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "mm",
+    "bmm",
+    "einsum",
+    "scaled_dot_product_attention",
+    "baddbmm",
+    "addmm",
+    "multi_head_attention_forward",
+)
 def _product_of_activations(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     t.freeze_arguments((args, dict(kwargs)), f"a matrix product in {t.place} mixes channels (attention)")
 
@@ -219,5 +238,3 @@ def _need_scale(t: ChannelTracer, weight: Tensor | None, labels: Tensor | None) 
 def _tie_rows(t: ChannelTracer, rows: Labels) -> None:
     for row in rows[1:]:
         t.book.merge(rows[0], row, f"a channel of {t.place} has no partner in its group")
-
-

@@ -27,10 +27,36 @@ from nni_prune_ext.inputs import tensors_in
 Function = Callable[..., object]
 
 
-@rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "get T", "get mT", "adjoint",
-      "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "expand", "expand_as", "broadcast_to", "repeat", "tile",
-      "repeat_interleave", "flip", "numpy_T", "atleast_1d", "atleast_2d", "atleast_3d", "diagonal",
-      "view_as_real", "pixel_unshuffle")
+@rule(
+    "permute",
+    "transpose",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "t",
+    "get T",
+    "get mT",
+    "adjoint",
+    "squeeze",
+    "squeeze_",
+    "unsqueeze",
+    "unsqueeze_",
+    "expand",
+    "expand_as",
+    "broadcast_to",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    "flip",
+    "numpy_T",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "diagonal",
+    "view_as_real",
+    "pixel_unshuffle",
+)
 def _move(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
     source, rest, named = _source(args, kwargs)
     labels = t.labels_of(source)
@@ -100,7 +126,9 @@ def _pick(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, o
     if name == "__getitem__":
         _tie_slices(t, labels, args[1])
     elif name == "narrow":
-        dim, start, length = (cast("int", argument(args, kwargs, i, n)) for i, n in enumerate(("dim", "start", "length"), 1))
+        dim, start, length = (
+            cast("int", argument(args, kwargs, i, n)) for i, n in enumerate(("dim", "start", "length"), 1)
+        )
         _tie_slice(t, labels, dim, start, length)
     else:
         _freeze_along(t, labels, args, kwargs, name)
@@ -155,7 +183,7 @@ def _pixel_shuffle(t: ChannelTracer, func: Function, args: Arguments, kwargs: Ke
         _clear(t, out)
         return
     factor = cast("int", argument(args, kwargs, 1, "upscale_factor"))
-    blocks = labels.unflatten(labels.dim() - 3, (-1, factor * factor))
+    blocks = torch.unflatten(labels, labels.dim() - 3, (-1, factor * factor))
     _tie_along(t, blocks, blocks.dim() - 3)
     _assign(t, out, func(labels, factor))
 
@@ -167,7 +195,7 @@ def _channel_shuffle(t: ChannelTracer, func: Function, args: Arguments, kwargs: 
         _clear(t, out)
         return
     groups = cast("int", argument(args, kwargs, 1, "groups"))
-    split = labels.unflatten(1, (groups, -1))
+    split = torch.unflatten(labels, 1, (groups, -1))
     _tie_along(t, split, 1)
     _assign(t, out, split.transpose(1, 2).reshape(labels.shape))
 
@@ -206,9 +234,11 @@ def _clear(t: ChannelTracer, out: object) -> None:
 
 
 def _merge(t: ChannelTracer, first: Tensor, second: Tensor, what: str) -> None:
-    a, b = torch.broadcast_tensors(first, second)
+    a, b = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]
     keep = [slice(0, 1) if x == 0 and y == 0 else slice(None) for x, y in zip(a.stride(), b.stride())]
-    t.book.merge(numpy_labels(a[tuple(keep)]), numpy_labels(b[tuple(keep)]), f"a channel has no partner in {what} in {t.place}")
+    t.book.merge(
+        numpy_labels(a[tuple(keep)]), numpy_labels(b[tuple(keep)]), f"a channel has no partner in {what} in {t.place}"
+    )
 
 
 def _tie_along(t: ChannelTracer, labels: Tensor, dim: int) -> None:
@@ -236,14 +266,14 @@ def _segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[i
 
 
 def _tie_slice(t: ChannelTracer, labels: Tensor, dim: int, start: int, length: int) -> None:
-    """Ties the equal parts of a dimension of which one part is taken; other parts have no counterpart and are frozen."""
+    """Ties the equal parts of a dimension of which one part is taken; a part without counterparts is frozen."""
     size = labels.shape[dim]
     if length in (0, size) or not t.varies(labels, dim):
         return
     if size % length or start % length:
         t.freeze(labels, f"an uneven part of the channels is taken in {t.place}")
         return
-    parts = labels.split(length, dim)
+    parts = torch.split(labels, length, dim)
     for part in parts[1:]:
         _merge(t, parts[0], part, "an even split")
 
@@ -290,5 +320,3 @@ def _align(t: ChannelTracer, labels: Sequence[Tensor], dim: int) -> None:
     heads = [x.narrow(dim, 0, 1) for x in labels if x.shape[dim]]
     for other in heads[1:]:
         _merge(t, heads[0], other, "a concatenation")
-
-

@@ -35,7 +35,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged_globals() -> Iterator[None]:
     """Restores random state and default dtype, and runs attention as separate operations meanwhile."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)
+    devices = range(torch.cuda.device_count() if _cuda_in_use() else 0)
     fastpath, dtype = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     with torch.random.fork_rng(devices=devices):
         torch.backends.mha.set_fastpath_enabled(False)
@@ -47,8 +47,12 @@ def unchanged_globals() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the default generators without waking a CUDA that is not in use (``torch.manual_seed`` would seed it later)."""
+    """Seeds the default generators; ``torch.manual_seed`` would also seed a CUDA that is not in use yet, later."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if _cuda_in_use():
         for generator in torch.cuda.default_generators:
             generator.manual_seed(seed)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

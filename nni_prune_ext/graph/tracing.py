@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class ChannelTracer(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace = Trace(LabelBook())
-        self._tensors = {name: tensor for name, tensor in named_tensors(model)}  # held, so that no id is used again
+        self._tensors = dict(named_tensors(model))  # held, so that no id is used again
         self._names = {id(tensor): name for name, tensor in self._tensors.items()}
         self._labels: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -192,7 +191,7 @@ class ChannelTracer(TorchFunctionMode):
     def replay(self, func: Callable[..., object], labels: object, *args: object, **kwargs: object) -> object:
         """Executes a call that only moves data on labels; ``None``, and frozen, where it does not run on integers."""
         try:
-            return func(labels, *_on_cpu(args), **cast("dict[str, object]", _on_cpu(kwargs)))
+            return func(labels, *map(_on_cpu, args), **{key: _on_cpu(value) for key, value in kwargs.items()})
         except (RuntimeError, NotImplementedError) as error:
             name = getattr(func, "__name__", "?")
             for tensor in tensors_in(labels):
@@ -267,10 +266,8 @@ def _on_cpu(value: object) -> object:
     """Returns arguments with their index tensors where the labels are."""
     if isinstance(value, Tensor):
         return value.cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return type(value)(_on_cpu(item) for item in value) if not hasattr(value, "_fields") else value
+    if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+        return tuple(_on_cpu(item) for item in value)
     return value
 
 

@@ -1,7 +1,8 @@
 """The method contract: a small state machine that decides which channels go.
 
 A method is driven by a loop (``nni_prune_ext.training.drive``) or by a host. It declares phases; in each phase the loop
-trains what the phase names and calls the method's hooks; at the end the method hands over an :class:`Outcome`. How data-free
+trains what the phase names and calls the method's hooks; at the end the method hands over an :class:`Outcome`. How
+data-free
 scores, losses with auxiliary modules, training-time controllers, mask searches and gated networks fit is sketched in
 docs/explanation/method_contract.md.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,9 +36,10 @@ class Phase:
     Attributes:
         name: unique within the method, shown in progress and logs.
         epochs: how many epochs; 0 runs the hooks only.
-        trainable: which of the model's parameters (by name) are trained; ``None`` leaves ``requires_grad`` as it is.
-        optimizers: makes the method's own optimizers for this phase; they keep the learning rates that they are given. The
-            loop's own takes every trainable parameter of the model that none of them holds.
+        trainable: which of the model's parameters (by name) are trained; ``None`` leaves ``requires_grad`` as it is. If
+            it names none and the method has no optimizer, batches only run forward: for statistics.
+        optimizers: makes the method's own optimizers for this phase; they keep the learning rates that they are
+            given. The loop's own takes every trainable parameter of the model that none of them holds.
         learning_rate_scale: factor on the loop's learning rate.
     """
 
@@ -54,7 +56,8 @@ class Outcome:
 
     Attributes:
         plan: channels still to be removed, in the coordinates of the model that the context holds at the end.
-        weight_masks: tensor name → bool mask of its shape, ``True`` = kept (unstructured or N:M); ``None`` if there are none.
+        weight_masks: tensor name → bool mask of its shape, ``True`` = kept (unstructured or N:M); ``None`` if there
+            are none.
         gated_model: a network whose channels are switched per input, where that is the product.
         facts: numbers worth a line in the report.
     """
@@ -94,7 +97,7 @@ class MethodContext(Protocol):
         """Loads weights of the original model into the current one, cut like it."""
 
     def on_leave(self, undo: Callable[[], object]) -> None:
-        """Calls ``undo`` at the end of the phase, however it ends, or before the model is cut: for hooks on the model."""
+        """Calls ``undo`` when the phase ends, however it ends, or before a cut: for hooks on the model."""
 
     def log(self, values: Mapping[str, float]) -> None:
         """Notes numbers for the report."""
@@ -149,6 +152,8 @@ class PruningMethod:
 
 class NoOptions(BaseModel):
     """The configuration of a method without options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

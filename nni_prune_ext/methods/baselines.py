@@ -44,16 +44,16 @@ class BaselineOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(1, ge=1)
+    steps: int = Field(default=1, ge=1)
     schedule: str = "one_shot"
-    epochs_per_step: int = Field(0, ge=0)
+    epochs_per_step: int = Field(default=0, ge=0)
     ratio_policy: str | None = None
 
 
 class TaylorOptions(BaselineOptions):
     """Options of the Taylor baseline: ``batches`` training batches are averaged per score."""
 
-    batches: int = Field(8, ge=1)
+    batches: int = Field(default=8, ge=1)
 
 
 class CriterionPruning(PruningMethod):
@@ -141,16 +141,35 @@ def taylor_criterion(options: TaylorOptions, context: MethodContext) -> Scores:
 
 
 def _baseline(name: str, summary: str, reference: str, rule: Callable[[MethodContext], Scores]) -> MethodSpec:
-    return MethodSpec(name, summary, reference, BaselineOptions, lambda options: CriterionPruning(options, rule),
-                      changes_structure=True)
+    return MethodSpec(
+        name,
+        summary,
+        reference,
+        BaselineOptions,
+        lambda options: CriterionPruning(options, rule),
+        changes_structure=True,
+    )
 
 
-L1 = _baseline("l1", "smallest mean magnitude goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l1_norm))
-L2 = _baseline("l2", "smallest root mean square goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l2_norm))
-FPGM = _baseline("fpgm", "filters nearest to the geometric median go first", "https://arxiv.org/abs/1811.00250",
-                 partial(weight_criterion, geometric_median_distance))
+L1 = _baseline(
+    "l1", "smallest mean magnitude goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l1_norm)
+)
+L2 = _baseline(
+    "l2", "smallest root mean square goes first", "https://arxiv.org/abs/1608.08710", partial(weight_criterion, l2_norm)
+)
+FPGM = _baseline(
+    "fpgm",
+    "filters nearest to the geometric median go first",
+    "https://arxiv.org/abs/1811.00250",
+    partial(weight_criterion, geometric_median_distance),
+)
 RANDOM = _baseline("random", "a seeded draw: the baseline to beat", "none", random_criterion)
 TAYLOR = MethodSpec(
-    "taylor", "smallest first-order effect on the loss goes first", "https://arxiv.org/abs/1906.10771", TaylorOptions,
-    lambda options: CriterionPruning(options, partial(taylor_criterion, options)), needs_data=True, changes_structure=True,
+    "taylor",
+    "smallest first-order effect on the loss goes first",
+    "https://arxiv.org/abs/1906.10771",
+    TaylorOptions,
+    lambda options: CriterionPruning(options, partial(taylor_criterion, options)),
+    needs_data=True,
+    changes_structure=True,
 )

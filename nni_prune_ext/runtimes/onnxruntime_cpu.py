@@ -12,7 +12,7 @@ from nni_prune_ext.runtimes.onnxruntime_session import CPU, ProviderOptions, ope
 class OnnxRuntimeCpu:
     """Runs ONNX files with the CPU provider; fp16 works, but is slower than fp32 for lack of fp16 kernels."""
 
-    name = "onnxruntime_cpu"
+    name = "onnxruntime-cpu"
 
     def availability(self) -> Availability:
         """Says whether onnxruntime is installed."""

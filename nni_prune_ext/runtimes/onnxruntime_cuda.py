@@ -12,7 +12,7 @@ from nni_prune_ext.runtimes.onnxruntime_session import CUDA, CUDA_OPTIONS, Provi
 class OnnxRuntimeCuda:
     """Runs ONNX files with the CUDA provider, in true float32 (no TF32) or in fp16."""
 
-    name = "onnxruntime_cuda"
+    name = "onnxruntime-cuda"
 
     def availability(self) -> Availability:
         """Says whether the build, the driver and the CUDA libraries are there."""

@@ -12,7 +12,7 @@ from nni_prune_ext.runtimes.onnxruntime_session import CUDA, CUDA_OPTIONS, TENSO
 class OnnxRuntimeTensorRT:
     """Runs ONNX files with the TensorRT provider, which builds an engine for every new range of input shapes."""
 
-    name = "onnxruntime_tensorrt"
+    name = "onnxruntime-tensorrt"
 
     def availability(self) -> Availability:
         """Says whether the build, the driver, the CUDA libraries and TensorRT are there."""

@@ -18,7 +18,7 @@ from nni_prune_ext.runtimes.base import Array, Availability, InferenceSession, P
 class TorchEager:
     """Runs the module as it is; TF32 on GPUs follows PyTorch's own settings."""
 
-    name = "torch_eager"
+    name = "torch-eager"
 
     def availability(self) -> Availability:
         """Says that PyTorch, which this package needs anyway, is there."""
@@ -35,7 +35,7 @@ class TorchEager:
         """
         if source.module is None:
             raise ModelError(
-                "The runtime torch_eager needs a PyTorch module, but got an ONNX file only. Expected "
+                "The runtime torch-eager needs a PyTorch module, but got an ONNX file only. Expected "
                 "RunnableModel(module=...). Pass the module, or use an ONNX Runtime."
             )
         module = deepcopy(source.module).half() if precision == "fp16" else source.module

@@ -16,8 +16,8 @@ def gate_gradients(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor
 
     A gate m on channel c scales the slices W[:, c] of all consumers, so dL/dm = Σ <W[:, c], dL/dW[:, c]>. This is the
     first-order Taylor importance of Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
-    https://arxiv.org/abs/1906.10771, at the gate. The sum over a *producer* filter in front of a batch norm would be zero
-    by scale invariance, so producers are read only where a group has no consumer with a gradient.
+    https://arxiv.org/abs/1906.10771, at the gate. The sum over a *producer* filter in front of a batch norm would be
+    zero by scale invariance, so producers are read only where a group has no consumer with a gradient.
 
     Args:
         tensors: parameters by name; gradients must be present where the loss reaches.

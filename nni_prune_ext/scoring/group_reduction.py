@@ -40,8 +40,8 @@ def group_importance(
     """Averages a per-slice criterion over all weights that hold the group's channels.
 
     Each weight's values are divided by their mean first, so that a layer with large weights does not outvote the others
-    (as in Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900, section 3.3).
-    A channel is averaged over the weights that really hold it.
+    (as in Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900, section
+    3.3). A channel is averaged over the weights that really hold it.
 
     Args:
         tensors: the model's parameters and buffers by name.
@@ -68,9 +68,10 @@ def group_importance(
 
 
 def writer_rows(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Returns one ``(num_channels, K)`` float32 tensor per layer that writes all channels of a group, for ratio policies.
+    """Returns one ``(num_channels, K)`` float32 tensor per layer that writes all channels of a group.
 
-    Row c holds all weights that write channel c. Layers that write some channels only, or some more often, are left out.
+    Row c holds all weights that write channel c. Layers that write some channels only, or some more often, are left
+    out.
     """
     rows = []
     for member in group.by_role(Role.WRITER):

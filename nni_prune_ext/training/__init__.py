@@ -14,6 +14,16 @@ from nni_prune_ext.training.settings import (
 )
 
 __all__ = [
-    "Batches", "EpochLog", "LossFunction", "MethodRun", "TrainingSettings", "accuracy", "checked_settings", "cross_entropy",
-    "drive", "fit", "recalibrate_batchnorm", "seeded",
+    "Batches",
+    "EpochLog",
+    "LossFunction",
+    "MethodRun",
+    "TrainingSettings",
+    "accuracy",
+    "checked_settings",
+    "cross_entropy",
+    "drive",
+    "fit",
+    "recalibrate_batchnorm",
+    "seeded",
 ]

@@ -24,8 +24,8 @@ def recalibrate_batchnorm(
     Channels were removed, so means and variances behind them have moved; this repairs them without training.
 
     Args:
-        forward: how the model is called on a batch, for example the user's loss; by default on the batch, or on its first
-            item.
+        forward: how the model is called on a batch, for example the user's loss; by default on the batch, or on its
+            first item.
 
     Raises:
         ConfigError: there is no batch; the statistics are as before.

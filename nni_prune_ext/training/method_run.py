@@ -50,7 +50,9 @@ def fit(
     Raises:
         ConfigError: there is no batch or nothing to train, or the loss is no longer a number.
     """
-    run = MethodRun(model=model, batches_=batches, loss=loss, settings=settings or TrainingSettings(), on_epoch=on_epoch)
+    run = MethodRun(
+        model=model, batches_=batches, loss=loss, settings=settings or TrainingSettings(), on_epoch=on_epoch
+    )
     return run.train(PruningMethod(), Phase("fit", epochs), start=0, total=max(epochs, 1))
 
 
@@ -61,7 +63,8 @@ def drive(method: PruningMethod, run: MethodRun, *, first_phase: int = 0) -> Out
     continues as if it had never stopped.
 
     Args:
-        first_phase: position of the phase to begin with; earlier ones count as done, and run and method hold what they left.
+        first_phase: position of the phase to begin with; earlier ones count as done, and run and method hold what
+            they left.
     """
     phases = list(method.phases())
     total = max(sum(phase.epochs for phase in phases), 1)
@@ -121,7 +124,9 @@ class MethodRun:
         Raises:
             ConfigError: there is none.
         """
-        generator = getattr(self.batches_, "generator", None) or torch.Generator()  # a DataLoader's own, where it has one
+        generator = (
+            getattr(self.batches_, "generator", None) or torch.Generator()
+        )  # a DataLoader's own, where it has one
         state = generator.get_state()
         with torch.random.fork_rng(devices=[]):
             found = list(islice(self.batches_, count))
@@ -139,12 +144,18 @@ class MethodRun:
     ) -> Allocation:
         """Plans on the current model towards the targets of the dense one."""
         return allocate(
-            scores, self.cost_model(), targets=self.targets, limits=self.limits, scope=self.scope, ratios=ratios,
-            fraction=fraction, reference=self._reference,
+            scores,
+            self.cost_model(),
+            targets=self.targets,
+            limits=self.limits,
+            scope=self.scope,
+            ratios=ratios,
+            fraction=fraction,
+            reference=self._reference,
         )
 
     def apply(self, plan: PruningPlan) -> Removal:
-        """Cuts now, certified: what the method put on the model is taken off first, optimizers follow, the method is told."""
+        """Cuts now, certified: what the method put on the model is taken off, optimizers follow, the method is told."""
         self.cost_model()
         self._leaving.close()
         removal = remove_channels(self.model, plan, self.example_inputs, groups=self.groups, seed=self.seed)
@@ -209,11 +220,12 @@ class MethodRun:
             losses.append(self._step(method, batch))
         if not losses:
             raise ConfigError(_NO_BATCH)
-        optimizer = self._default_optimizer or self._optimizers[0]
-        mean, rate = float(torch.stack(losses).mean()), float(optimizer.param_groups[0]["lr"])
+        rates = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        mean, rate = float(torch.stack(losses).mean()), float(rates[0]) if rates else 0.0
         if not math.isfinite(mean):
             raise ConfigError(
-                f"The mean loss of epoch {epoch + 1} of phase '{phase.name}' is {mean}, expected a finite number. Lower the "
+                f"The mean loss of epoch {epoch + 1} of phase '{phase.name}' is {mean}, expected a "
+                "finite number. Lower the "
                 f"learning rate ({self.settings.learning_rate:g}), or check loss and data."
             )
         self.progress = (start + epoch + 1) / total
@@ -228,14 +240,15 @@ class MethodRun:
         bf16 = self.settings.precision == "bf16"
         if self.settings.channels_last:
             batch = _channels_last(batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(bool(self._optimizers)):
             loss = method.compute_loss(self, batch)
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        method.after_backward(self)
-        for optimizer in self._optimizers:
-            optimizer.step()
+        if self._optimizers:
+            for optimizer in self._optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            method.after_backward(self)
+            for optimizer in self._optimizers:
+                optimizer.step()
         method.after_step(self)
         return loss.detach()
 
@@ -248,9 +261,10 @@ class MethodRun:
         rate = s.learning_rate * phase.learning_rate_scale
         self._default_optimizer = SGD(rest, lr=rate, momentum=s.momentum, weight_decay=s.weight_decay) if rest else None
         self._optimizers = own if self._default_optimizer is None else [self._default_optimizer, *own]
-        if not self._optimizers:
+        if not self._optimizers and phase.trainable is None:
             raise ConfigError(
-                f"Phase '{phase.name}' has nothing to train: no parameter of {type(self.model).__name__} requires a gradient. "
+                f"Phase '{phase.name}' has nothing to train: no parameter of "
+                f"{type(self.model).__name__} requires a gradient. "
                 "Unfreeze some, or train for 0 epochs."
             )
 

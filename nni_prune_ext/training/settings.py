@@ -34,7 +34,11 @@ class TrainingSettings:
 
 
 def checked_settings(
-    *, learning_rate: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4, precision: str = "fp32",
+    *,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    precision: str = "fp32",
     channels_last: bool = False,
 ) -> TrainingSettings:
     """Returns training settings.
@@ -44,12 +48,15 @@ def checked_settings(
     """
     if not learning_rate > 0 or not 0 <= momentum < 1 or not weight_decay >= 0:
         raise ConfigError(
-            f"learning_rate={learning_rate:g}, momentum={momentum:g}, weight_decay={weight_decay:g} are not usable. Expected a "
+            f"learning_rate={learning_rate:g}, momentum={momentum:g}, weight_decay={weight_decay:g} "
+            "are not usable. Expected a "
             "positive rate, a momentum in [0, 1) and a weight decay of at least 0."
         )
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"The precision is '{precision}', expected 'fp32' or 'bf16'. Choose one.")
-    return TrainingSettings(learning_rate, momentum, weight_decay, cast("Literal['fp32', 'bf16']", precision), channels_last)
+    return TrainingSettings(
+        learning_rate, momentum, weight_decay, cast("Literal['fp32', 'bf16']", precision), channels_last
+    )
 
 
 @dataclass(frozen=True)

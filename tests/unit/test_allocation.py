@@ -1,0 +1,388 @@
+"""From scores and targets to plans: costs in closed form, targets met to within one channel, limits kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nni_prune_ext.allocation import (
+    Allocation,
+    CostModel,
+    LayerLimit,
+    Limits,
+    Reference,
+    Target,
+    allocate,
+    check_feasible,
+)
+from nni_prune_ext.certificate import verify_groups
+from nni_prune_ext.costs import count_costs
+from nni_prune_ext.errors import ConfigError, NniPruneExtError, PluginError, TargetError
+from nni_prune_ext.graph.channel_groups import trace_channel_groups
+from nni_prune_ext.inputs import ExampleInputs
+from nni_prune_ext.models.loading import build_model
+from nni_prune_ext.plan import plan_from_channels
+from nni_prune_ext.surgery import cut_channels
+from nni_prune_ext.testing.toy_models import ZOO
+
+IMAGES = torch.zeros(1, 3, 32, 32)
+NETWORKS = ["resnet20", "vgg16_bn", "mobilenet_v2"]
+PRUNABLE = [name for name, toy in ZOO.items() if toy.prunable]
+
+
+def chain() -> nn.Sequential:
+    """Two groups: '0' with 8 channels, '2' with 4; hand-countable."""
+    return nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2, bias=False))  # fmt: skip
+
+
+def cost_model(model: nn.Module, x: ExampleInputs) -> CostModel:
+    return CostModel.of(model, trace_channel_groups(model, x), count_costs(model, x))
+
+
+@cache
+def built(name: str) -> tuple[nn.Module, CostModel]:
+    model = build_model(name).eval()
+    return model, cost_model(model, IMAGES)
+
+
+def small() -> CostModel:
+    return cost_model(chain(), torch.zeros(1, 3, 2, 2))
+
+
+def ascending(costs: CostModel) -> dict[str, Tensor]:
+    return {g.name: torch.arange(g.num_channels).float() for g in costs.groups}
+
+
+def random_scores(costs: CostModel, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.num_channels, generator=generator) for g in costs.groups}
+
+
+def kept_channels(allocation: Allocation) -> dict[str, int]:
+    return dict(allocation.kept)
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_predicted_costs_are_those_counted_on_the_cut_model(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = ZOO[name].build().eval(), ZOO[name].example_inputs()
+    groups = verify_groups(model, x, trace_channel_groups(model, x))
+    costs = CostModel.of(model, groups, count_costs(model, x))
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        gone = {
+            g.name: generator.permutation(g.num_channels)[: generator.integers(g.num_channels)] for g in costs.groups
+        }
+        lost: dict[tuple[str, int], int] = {}
+        for group in costs.groups:
+            for m in group.members:
+                lost[m.tensor, m.dim] = lost.get((m.tensor, m.dim), 0) + int(np.isin(m.channel, gone[group.name]).sum())
+
+        predicted = costs.predict(lost)
+
+        compact = cut_channels(model, plan_from_channels(costs.groups, gone), x).model
+        assert predicted == pytest.approx(count_costs(compact, x).as_dict())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("target", ["macs=0.5", "params=0.4", "memory=0.6", "ratio=0.3"])
+def test_the_target_is_met_and_one_channel_less_would_miss_it(name: str, target: str) -> None:
+    _, costs = built(name)
+    goal = Target.parse(target)
+
+    allocation = allocate(random_scores(costs), costs, targets=[goal])
+
+    (reached,) = allocation.achieved
+    dense = allocate(random_scores(costs), costs, targets=[])
+    one_channel = max(abs(_without(costs, g.name)[goal.metric] - dense.predicted[goal.metric]) for g in costs.groups)
+    assert reached.met
+    assert abs(reached.achieved - reached.asked) <= one_channel + 1e-9
+
+
+def _without(costs: CostModel, name: str) -> Mapping[str, float]:
+    """Returns the costs without one channel of one group."""
+    scores = {g.name: torch.full((g.num_channels,), math.inf) for g in costs.groups}
+    scores[name][0] = 0.0
+    return allocate(scores, costs, targets=[Target("ratio", 1e-9)]).predicted
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_counted_costs_of_the_cut_network_meet_several_targets_at_once(name: str) -> None:
+    model, costs = built(name)
+    targets = [Target("macs", 0.6), Target("params", 0.5), Target("ratio", 0.2)]
+
+    allocation = allocate(random_scores(costs), costs, targets=targets)
+
+    compact = count_costs(cut_channels(model, allocation.plan, IMAGES, groups=costs.groups).model, IMAGES)
+    dense = count_costs(model, IMAGES)
+    assert all(reached.met for reached in allocation.achieved)
+    assert compact.macs <= 0.6 * dense.macs
+    assert compact.params <= 0.5 * dense.params
+    assert {"macs": compact.macs, "params": compact.params} == {k: allocation.predicted[k] for k in ("macs", "params")}
+
+
+def test_channels_go_in_the_order_of_one_ranking_over_all_groups() -> None:
+    costs = small()
+    scores = {"0": torch.tensor([5.0, 1, 7, 7, 7, 7, 7, 7]), "2": torch.tensor([9.0, 0, 2, 9])}
+
+    allocation = allocate(scores, costs, targets=[Target("ratio", 3 / 12)])
+
+    assert {"0": (1,), "2": (1, 2)} == allocation.plan.removed
+
+
+def test_an_absolute_target_is_an_upper_bound_in_its_own_unit() -> None:
+    costs = small()  # 4 positions: 4 * 24 + 4 * 32 + 8 MACs, 24 + 32 + 8 parameters of 4 bytes
+    assert (232, 64, 256) == (costs.costs.macs, costs.costs.params, costs.costs.weight_bytes)
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("params", 50), Target("memory", 201)])
+
+    assert {"params": 64 - 7 - 9, "memory": 4 * 48} == {k: allocation.predicted[k] for k in ("params", "memory")}
+    assert ["params=50", "memory=201"] == [str(a.target) for a in allocation.achieved]
+
+
+def test_infinite_scores_protect_and_minus_infinity_goes_first() -> None:
+    costs = small()
+    scores = ascending(costs)
+    scores["0"] = torch.tensor([math.inf, -math.inf, 3, 2, 1, math.inf, math.inf, math.inf])
+    scores["2"] = torch.full((4,), math.inf)
+
+    allocation = allocate(scores, costs, targets=[Target("ratio", 4 / 12)])
+
+    assert {"0": (1, 2, 3, 4)} == allocation.plan.removed
+    with pytest.raises(TargetError, match=r"ratio of at most 0\.333"):
+        allocate(scores, costs, targets=[Target("ratio", 5 / 12)])
+
+
+def test_ties_are_broken_the_same_way_each_time_by_group_and_channel() -> None:
+    costs = small()
+    scores = {"0": torch.ones(8), "2": torch.ones(4)}
+
+    allocation = allocate(scores, costs, targets=[Target("ratio", 0.25)])
+
+    assert {"0": (0, 1, 2)} == allocation.plan.removed
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_local_scope_prunes_every_group_at_one_ratio_to_within_one_channel(name: str) -> None:
+    _, costs = built(name)
+
+    allocation = allocate(random_scores(costs), costs, targets=[Target("macs", 0.5)], scope="local")
+
+    low = min(allocation.ratios[g.name] + 1 / g.num_channels for g in costs.groups)
+    high = max(allocation.ratios[g.name] for g in costs.groups)
+    assert high <= low + 1e-9
+
+
+def test_relative_ratios_of_a_policy_are_kept_to_within_one_channel() -> None:
+    _, costs = built("resnet20")
+    relative = {g.name: 1.0 + (i % 3) for i, g in enumerate(costs.groups)}
+
+    allocation = allocate(random_scores(costs), costs, targets=[Target("macs", 0.7)], ratios=relative)
+
+    scale = [allocation.ratios[name] / relative[name] for name in relative]
+    slack = max(1 / (g.num_channels * relative[g.name]) for g in costs.groups)
+    assert max(scale) - min(scale) <= slack + 1e-9
+
+
+def test_a_group_with_relative_ratio_zero_goes_last() -> None:
+    costs = small()
+
+    first = allocate(ascending(costs), costs, targets=[Target("ratio", 3 / 12)], ratios={"0": 0.0, "2": 2.0})
+    more = allocate(ascending(costs), costs, targets=[Target("ratio", 4 / 12)], ratios={"0": 0.0, "2": 2.0})
+
+    assert {"2": (0, 1, 2)} == first.plan.removed
+    assert {"2": (0, 1, 2), "0": (0,)} == more.plan.removed
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [({"0": 1.0}, "group '2' is None"), ({"0": 1.0, "2": math.nan}, "group '2' is nan"),
+     ({"0": -1.0, "2": 1.0}, "group '0' is -1.0"), ({"0": 0.0, "2": 0.0}, "all groups are 0")],
+)  # fmt: skip
+def test_unusable_relative_ratios_are_refused(ratios: dict[str, float], message: str) -> None:
+    costs = small()
+
+    with pytest.raises(PluginError, match=message):
+        allocate(ascending(costs), costs, targets=[Target("ratio", 0.2)], ratios=ratios)
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_widths_stay_multiples_and_rounding_never_removes_more_than_the_limits_allow(name: str, multiple: int) -> None:
+    _, costs = built(name)
+    limits = Limits(multiple=multiple, max_ratio=0.7, min_channels=3)
+
+    allocation = allocate(random_scores(costs), costs, targets=[Target("macs", 0.5)], limits=limits)
+
+    assert allocation.achieved[0].met
+    for group in costs.groups:
+        kept = allocation.kept[group.name]
+        assert kept == group.num_channels or kept % multiple == 0
+        assert kept >= max(3, math.ceil(group.num_channels * 0.3 - 1e-9))
+
+
+def test_a_pruned_width_that_is_no_multiple_is_rounded_up_and_an_unpruned_one_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 10, 1), nn.ReLU(), nn.Conv2d(10, 7, 1), nn.ReLU(), nn.Conv2d(7, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+    scores = {"0": torch.arange(10.0), "2": torch.full((7,), 100.0)}
+
+    allocation = allocate(scores, costs, targets=[Target("ratio", 1 / 17)], limits=Limits(multiple=4))
+
+    assert {"0": 8, "2": 7} == kept_channels(allocation)
+
+
+def test_excluded_layers_stay_whole_and_a_pattern_may_name_any_writer_of_a_group() -> None:
+    _, costs = built("resnet20")
+
+    allocation = allocate(random_scores(costs), costs, targets=[Target("macs", 0.7)],
+                          limits=Limits(exclude=("layer1.*.conv2", "layer2.0.conv1")))  # fmt: skip
+
+    assert {0.0} == {allocation.ratios["conv1"], allocation.ratios["layer2.0.conv1"]}
+    assert allocation.ratios["layer2.1.conv1"] > 0
+
+
+def test_the_first_matching_layer_limit_counts() -> None:
+    costs = small()
+    limits = Limits(
+        max_ratio=0.9, layers={"0": LayerLimit(min_ratio=0.5, max_ratio=0.6), "*": LayerLimit(max_ratio=0.0)}
+    )
+
+    least = allocate(ascending(costs), costs, targets=[], limits=limits)
+    most = check_feasible(costs, [], limits)
+
+    assert {"0": 4, "2": 4} == kept_channels(least)
+    assert 4 / 12 == pytest.approx(most["ratio"])
+
+
+def test_least_ratios_of_layers_follow_the_fraction_of_the_target() -> None:
+    costs = small()
+    limits = Limits(layers={"0": LayerLimit(min_ratio=0.5)})
+
+    half = allocate(ascending(costs), costs, targets=[], limits=limits, fraction=0.5)
+
+    assert {"0": 6, "2": 4} == kept_channels(half)
+
+
+def test_a_limit_for_a_layer_that_does_not_exist_is_refused_with_the_nearest_name() -> None:
+    _, costs = built("resnet20")
+
+    with pytest.raises(ConfigError, match=r"'layer1.0.conv3' matches no layer .*layer1.0.conv[12]"):
+        allocate(random_scores(costs), costs, targets=[], limits=Limits(exclude=("layer1.0.conv3",)))
+
+
+def test_a_fraction_is_a_share_of_the_way_from_dense_to_the_target() -> None:
+    _, costs = built("vgg16_bn")
+    target = Target("macs", 0.4)
+
+    bounds = [
+        allocate(random_scores(costs), costs, targets=[target], fraction=f).achieved[0].asked for f in (0, 0.5, 1)
+    ]
+
+    assert [costs.costs.macs * share for share in (1.0, 0.7, 0.4)] == pytest.approx(bounds)
+    with pytest.raises(ConfigError, match=r"fraction of 1\.5"):
+        allocate(random_scores(costs), costs, targets=[target], fraction=1.5)
+
+
+@pytest.mark.parametrize("target", ["macs=0.4", "params=0.5", "ratio=0.5"])
+def test_later_steps_count_targets_and_limits_from_the_dense_model(target: str) -> None:
+    model, costs = built("resnet20")
+    reference, goal, limits = Reference.of(costs), Target.parse(target), Limits(max_ratio=0.8)
+    first = allocate(ascending(costs), costs, targets=[goal], fraction=0.6, limits=limits, scope="local")
+    compact = cut_channels(model, first.plan, IMAGES, groups=costs.groups).model
+    smaller = cost_model(compact, IMAGES)
+
+    second = allocate(ascending(smaller), smaller, targets=[goal], reference=reference, limits=limits, scope="local")
+
+    direct = allocate(ascending(costs), costs, targets=[goal], limits=limits, scope="local")
+    assert second.achieved[0].met
+    assert direct.kept == second.kept
+    assert direct.ratios == pytest.approx(second.ratios)
+
+
+def test_the_smallest_width_is_counted_from_the_dense_model_in_later_steps() -> None:
+    model = chain()
+    x = torch.zeros(1, 3, 2, 2)
+    costs = cost_model(model, x)
+    compact = cut_channels(model, plan_from_channels(costs.groups, {"0": [0, 1, 2, 3]}), x).model
+    smaller = cost_model(compact, x)
+    limits = Limits(max_ratio=0.5)
+
+    with pytest.raises(TargetError, match=r"ratio of at most 0\.500"):
+        allocate(
+            ascending(smaller), smaller, targets=[Target("ratio", 0.6)], limits=limits, reference=Reference.of(costs)
+        )
+
+
+def test_a_target_out_of_reach_names_what_is_reachable_and_the_layers_that_bind() -> None:
+    _, costs = built("resnet20")
+
+    with pytest.raises(TargetError) as caught:
+        allocate(
+            random_scores(costs), costs, targets=[Target("macs", 0.001)], limits=Limits(exclude=("layer3.2.conv2",))
+        )
+
+    text = str(caught.value)
+    assert "macs=0.001 cannot be met" in text
+    assert "'layer3.0.conv2' (keeps 64 of 64)" in text or "'layer3" in text
+    assert "'linear' (reaches the model's output)" in text
+
+
+def test_feasibility_is_checked_without_scores() -> None:
+    _, costs = built("resnet20")
+
+    best = check_feasible(costs, [Target("macs", 0.5)], Limits(max_ratio=0.75))
+
+    assert 0.75 == pytest.approx(best["ratio"])
+    with pytest.raises(TargetError):
+        check_feasible(costs, [Target("macs", 0.5)], Limits(max_ratio=0.1))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [({"0": torch.zeros(7), "2": torch.zeros(4)}, r"'0' have shape \(7,\), expected \(8,\)"),
+     ({"0": torch.zeros(8)}, "'2' have shape none"),
+     ({"0": torch.tensor([math.nan] * 2 + [1.0] * 6), "2": torch.zeros(4)}, "contain 2 NaN of 8")],
+)  # fmt: skip
+def test_scores_that_are_no_scores_are_refused(scores: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        allocate(scores, small(), targets=[Target("ratio", 0.2)])
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "value"),
+    [("macs=0.5", "macs", 0.5), (" params = 1.2M ", "params", 1.2e6), ("memory=3k", "memory", 3e3),
+     ("macs=1e9", "macs", 1e9),
+     ("macs=2g", "macs", 2e9), ("ratio=0.3", "ratio", 0.3)],
+)  # fmt: skip
+def test_targets_are_read_from_text(text: str, metric: str, value: float) -> None:
+    assert Target(metric, value) == Target.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "macs", "macs=", "flops=0.5", "macs=-1", "macs=0", "ratio=1", "macs=1.2.3",
+                                  "ratio=2k",
+                                  "macs=1e999", "macs=nan"])  # fmt: skip
+def test_a_target_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(TargetError):
+        Target.parse(text)
+
+
+def test_limits_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(ValueError, match="above max_ratio"):
+        LayerLimit(min_ratio=0.6, max_ratio=0.5)
+    with pytest.raises(ValueError, match="max_ratio"):
+        Limits(max_ratio=1.5)
+
+
+def test_a_model_without_prunable_groups_allows_no_target_and_no_crash() -> None:
+    costs = cost_model(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 2, 2))
+
+    assert {} == dict(allocate({}, costs, targets=[]).kept)
+    with pytest.raises(NniPruneExtError):
+        allocate({}, costs, targets=[Target("macs", 0.5)])

@@ -1,0 +1,171 @@
+"""What a cut keeps of the model, and what follows a cut: optimizers and state dicts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nni_prune_ext.graph.channel_groups import trace_channel_groups
+from nni_prune_ext.plan import plan_from_channels
+from nni_prune_ext.surgery import Removal, cut_channels, remap_optimizer, silence_channels, slice_state
+from nni_prune_ext.testing.toy_models import ZOO
+
+
+def cut(model: nn.Module, inputs: object) -> Removal:
+    groups = trace_channel_groups(model, inputs)
+    plan = plan_from_channels(groups, {g.name: range(0, g.num_channels - 1, 2) for g in groups if g.num_channels > 1})
+    return cut_channels(model, plan, inputs, groups=groups)
+
+
+def residual() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return ZOO["residual"].build(), ZOO["residual"].example_inputs()
+
+
+def test_a_chain_is_cut_as_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    inputs = torch.randn(1, 3, 5, 5)
+    groups = trace_channel_groups(model, inputs)
+
+    compact = cut_channels(model, plan_from_channels(groups, {"0": [1]}), inputs, groups=groups).model
+
+    keep = [0, 2, 3]
+    assert torch.equal(model[0].weight[keep], compact[0].weight)
+    assert torch.equal(model[0].bias[keep], compact[0].bias)
+    assert torch.equal(model[3].weight[:, keep], compact[3].weight)
+    assert torch.equal(model[3].bias, compact[3].bias)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(model[1], name)[keep], getattr(compact[1], name))
+    assert (3, 3, 3) == (compact[0].out_channels, compact[1].num_features, compact[3].in_channels)
+
+
+def test_requires_grad_dtype_layout_and_modes_stay() -> None:
+    model, inputs = residual()
+    model = model.to(torch.bfloat16).to(memory_format=torch.channels_last).train()
+    model[0].eval()
+    model[0][0].weight.requires_grad_(False)
+
+    compact = cut(model, inputs.bfloat16()).model
+
+    assert [m.training for m in model.modules()] == [m.training for m in compact.modules()]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in compact.parameters()]
+    assert {torch.bfloat16} == {p.dtype for p in compact.parameters()}
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in compact.parameters() if p.dim() == 4)
+    assert not compact[1][0].body[0].weight.is_contiguous()
+
+
+def test_the_model_given_and_the_compact_one_share_no_memory() -> None:
+    model, inputs = residual()
+    before = copy.deepcopy(model.state_dict())
+
+    removal = cut(model, inputs)
+    with torch.no_grad():
+        for tensor in [*removal.model.parameters(), *removal.model.buffers()]:
+            tensor.fill_(7)
+
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_tied_weights_stay_tied_and_all_their_layers_know_their_size() -> None:
+    torch.manual_seed(0)
+    model, inputs = ZOO["shared"].build(), ZOO["shared"].example_inputs()
+
+    compact = cut(model, inputs).model
+
+    assert compact.tied.weight is compact.conv.weight
+    assert (4, 4) == (compact.tied.out_channels, compact.tied.in_channels)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO.keys() - {"fused_attention"}))  # its stream is free only in the trace
+def test_size_attributes_agree_with_the_tensors(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = ZOO[name].build(), ZOO[name].example_inputs()
+
+    compact = cut(model, inputs).model
+
+    for module in compact.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            expected = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+            assert expected == tuple(module.weight.shape)
+        elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+            assert (module.in_channels, module.out_channels // module.groups) == tuple(module.weight.shape[:2])
+        elif isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tuple(module.weight.shape)
+        elif isinstance(module, nn.LayerNorm):
+            assert module.normalized_shape == tuple(module.weight.shape)
+        elif isinstance(module, nn.GroupNorm):
+            assert (module.num_channels,) == tuple(module.weight.shape)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "amsgrad"])
+def test_a_step_after_the_remap_equals_the_step_of_a_hand_sliced_optimizer(kind: str) -> None:
+    model, inputs = residual()
+    make = {
+        "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True),
+        "adam": lambda ps: torch.optim.AdamW(ps, lr=0.1),
+        "amsgrad": lambda ps: torch.optim.Adam(ps, lr=0.1, amsgrad=True),
+    }[kind]
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
+    removal = cut(model, inputs)
+    by_hand_model = copy.deepcopy(removal.model)
+    by_hand = make(by_hand_model.parameters())
+    for (name, new), old in zip(by_hand_model.named_parameters(), model.parameters(), strict=True):
+        for key, value in optimizer.state[old].items():
+            for dim, index in removal.kept.get(name, {}).items():
+                value = value.index_select(dim, index) if value.dim() else value
+            by_hand.state[new][key] = value.clone()
+
+    remap_optimizer(optimizer, model, removal)
+    for target, stepper in ((removal.model, optimizer), (by_hand_model, by_hand)):
+        stepper.zero_grad()
+        target(inputs).square().sum().backward()
+        stepper.step()
+
+    assert all(map(torch.equal, by_hand_model.state_dict().values(), removal.model.state_dict().values()))
+    assert {id(p) for p in removal.model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert len(optimizer.state) == len(list(removal.model.parameters()))
+
+
+def test_parameters_of_other_models_stay_in_the_optimizer() -> None:
+    model, inputs = residual()
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+
+    remap_optimizer(optimizer, model, cut(model, inputs))
+
+    assert list(other.parameters()) == optimizer.param_groups[0]["params"][-2:]
+
+
+def test_a_state_dict_of_the_original_is_cut_like_the_model() -> None:
+    model, inputs = residual()
+    removal = cut(model, inputs)
+
+    average = slice_state(model.state_dict(), removal.kept)
+
+    expected = removal.model.state_dict()
+    assert expected.keys() == average.keys()
+    assert all(torch.equal(expected[key], average[key]) for key in expected)
+
+
+def test_a_copy_of_a_silenced_model_uses_its_own_weights() -> None:
+    torch.manual_seed(0)
+    model, inputs = ZOO["layer_norm"].build().eval(), ZOO["layer_norm"].example_inputs()
+    groups = trace_channel_groups(model, inputs)
+    plan = plan_from_channels(groups, {"0.0": [1, 2]})
+    silenced = silence_channels(model, plan, inputs, groups=groups)
+    expected = silenced(inputs)
+
+    duplicate = copy.deepcopy(silenced)
+    with torch.no_grad():
+        for parameter in silenced.parameters():
+            parameter.zero_()
+
+    assert torch.equal(expected, duplicate(inputs))
+    assert not torch.equal(expected, silenced(inputs))
