@@ -168,6 +168,9 @@ def verify_groups(
         the groups, with the culprits moved to ``protected``.
     """
     reasons = {group.name: "has a single channel" for group in groups if group.num_channels == 1}
+    for group in groups:
+        if not spared(group, np.ones(group.num_channels, dtype=np.bool_)).any():
+            reasons.setdefault(group.name, "every channel is the last one of some layer")
     names = [group.name for group in groups if group.name not in reasons]
     generator = torch.Generator().manual_seed(seed)
     gone = {name: _half(groups[name], generator) for name in names}
@@ -175,14 +178,16 @@ def verify_groups(
     def plan_for(tried: list[str]) -> PruningPlan:
         return plan_from_channels(groups, {name: gone[name] for name in tried})
 
-    with randomised_probe(model, groups.rewrites, example_inputs, seed) as probe:
-        if not probe.input_effect > probe.bound:
-            reasons |= dict.fromkeys(names, _NO_INPUT_EFFECT)
-        elif names and probe.flaw(plan_for(names), groups) is not None:
-            reasons |= _culprits(names, lambda tried: probe.failure(plan_for(tried), groups))
-            running = [name for name in names if name not in reasons]
-            reasons |= _culprits(running, lambda tried: probe.flaw(plan_for(tried), groups))
-    return groups.protecting(reasons)
+    for number in range(1 + _MORE_PROBES):  # one whose output moves is enough
+        with randomised_probe(model, groups.rewrites, example_inputs, seed * 1_000_003 + number) as probe:
+            if not probe.input_effect > probe.bound:
+                continue
+            if names and probe.flaw(plan_for(names), groups) is not None:
+                reasons |= _culprits(names, lambda tried: probe.failure(plan_for(tried), groups))
+                running = [name for name in names if name not in reasons]
+                reasons |= _culprits(running, lambda tried: probe.flaw(plan_for(tried), groups))
+            return groups.protecting(reasons)
+    return groups.protecting(reasons | dict.fromkeys(names, _NO_INPUT_EFFECT))
 
 
 def _half(group: ChannelGroup, generator: torch.Generator) -> Channels:

@@ -6,12 +6,13 @@ groups → method → plan → certified removal → recovery. Deployment (ONNX,
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from pydantic import BaseModel, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from nni_prune_ext.allocation import Achieved, CostModel, Limits, Reference, Scope, Target, check_feasible
 from nni_prune_ext.certificate import Certificate, certify_plan, remove_channels, verify_groups
@@ -81,6 +82,7 @@ def prune(
     recover_epochs: int = 0,
     settings: TrainingSettings | None = None,
     groups: ChannelGroups | None = None,
+    on_epoch: Callable[[EpochLog], None] | None = None,
     seed: int = 0,
 ) -> PruneResult:
     """Prunes a copy of a model to one or several targets and certifies the removal.
@@ -94,6 +96,7 @@ def prune(
         loss: the user's loss of a model on a batch.
         recover_epochs: epochs of training after the cut.
         groups: verified groups from an earlier call, to save the trace and the trial.
+        on_epoch: is told about every finished epoch of the method and of the recovery.
         seed: of everything random.
 
     Returns:
@@ -125,11 +128,18 @@ def prune(
         targets=targets,
         limits=limits or Limits(),
         scope=scope,
+        on_epoch=on_epoch,
         seed=seed,
     )
     outcome = drive(built, run)
-    removal = remove_channels(run.model, outcome.plan, example_inputs, groups=run.groups, seed=seed)
+    uncut = run.model
+    removal = remove_channels(uncut, outcome.plan, example_inputs, groups=run.groups, seed=seed)
+    if outcome.plan.num_removed:
+        run.model = removal.model
+        built.on_removed(run, removal)
+        run.leave()
     if outcome.weight_masks is not None:
+        _check_masks(spec, outcome.weight_masks, uncut)
         outcome = replace(outcome, weight_masks=slice_state(outcome.weight_masks, removal.kept))
     plan = outcome.plan if run.applied is None else run.applied.then(outcome.plan)
     certificate = removal.certificate
@@ -143,10 +153,15 @@ def prune(
         recalibrate_batchnorm(compact, train_batches, forward=loss)
         if recover_epochs:
             with seeded(compact, seed):
-                logs += [
-                    replace(log, phase="recovery")
-                    for log in fit(compact, train_batches, epochs=recover_epochs, settings=settings, loss=loss)
-                ]
+                logs += fit(
+                    compact,
+                    train_batches,
+                    epochs=recover_epochs,
+                    settings=settings,
+                    loss=loss,
+                    on_epoch=on_epoch,
+                    name="recovery",
+                )
     costs = count_costs(compact, example_inputs)
     return PruneResult(
         model=compact,
@@ -161,6 +176,16 @@ def prune(
         logs=tuple(logs),
         method=spec.name,
     )
+
+
+def _check_masks(spec: MethodSpec, masks: Mapping[str, Tensor], model: nn.Module) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, mask in masks.items():
+        if mask.dtype is not torch.bool or tuple(mask.shape) != shapes.get(name):
+            raise PluginError(
+                f"The method '{spec.name}' hands over a mask '{name}' of {mask.dtype}, shape {tuple(mask.shape)}, "
+                f"expected torch.bool and the shape of that parameter, {shapes.get(name)}. Report this to its author."
+            )
 
 
 def _refuse_without_data(spec: MethodSpec, method: PruningMethod, recover_epochs: int) -> None:

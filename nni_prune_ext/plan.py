@@ -172,7 +172,7 @@ def plan_from_channels(groups: ChannelGroups, removed: Mapping[str, object]) -> 
 def spared(group: ChannelGroup, gone: Channels) -> Channels:
     """Returns ``gone`` without the first channel of every layer of the group that would be left without any."""
     result: Channels = gone.copy()
-    for member in _emptied(group, gone):
+    for member in sorted(_emptied(group, gone), key=lambda m: len(np.unique(m.channel))):
         if result[member.channel].all():
             result[member.channel[0]] = False
     return result

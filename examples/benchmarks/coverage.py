@@ -47,7 +47,7 @@ TARGET = 0.65
 LEAST_CUT = 0.30
 PARITY = 1e-4
 PARITY_WORTH_COMPARING = 1e-5
-LEAST_INPUT_EFFECT = 0.01
+LEAST_INPUT_EFFECT = 0.001
 STAGES = ("build", "trace", "verify", "allocate", "cut", "certify", "export")
 IN_PRUNING_LIMIT = STAGES[1:6]
 COLUMNS = (
@@ -149,7 +149,7 @@ def _run_in_process(case: Case, options: argparse.Namespace, context: ForkServer
 
 
 def _fork_server(chosen: str | None) -> ForkServerContext:
-    """Returns where processes of models are forked from: one that has imported what they need, and does nothing else."""
+    """Returns where the processes of models are forked from: one that has imported what they need."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     context = multiprocessing.get_context("forkserver")

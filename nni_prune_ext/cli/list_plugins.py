@@ -30,6 +30,8 @@ def list_plugins(
                     f"  {name:22} {detail}"
                     + ("" if plugin.distribution == "nni_prune_ext" else f"  ({plugin.distribution})")
                 )
+    if not check and kind != "models":
+        typer.echo("(what each one does, and whether runtimes are usable here: nni-prune-ext list --check)")
     if kind in ("", "models"):
         typer.echo("models:")
         typer.echo(f"  built in: {', '.join(builtin_names())}")

@@ -56,7 +56,7 @@ def prune(
     from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
     from nni_prune_ext.pipeline import prune as run_prune
     from nni_prune_ext.report import before_after_table, write_report
-    from nni_prune_ext.training import checked_settings, fit
+    from nni_prune_ext.training import EpochLog, checked_settings, fit
 
     spec, targets = method_spec(method), parse_targets(target)
     options = read_options(option)
@@ -82,6 +82,13 @@ def prune(
     train = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
     test = loader(job.source, "test", 500) if job.source else None
     console = Console(width=160)
+
+    def tell(text: str) -> None:
+        console.print(text, style="dim", highlight=False)
+
+    def show(log: EpochLog) -> None:
+        tell(f"{log.phase} epoch {log.epoch + 1}: loss {log.loss:.4f}, {log.seconds:.0f} s")
+
     began = time.perf_counter()
     result = run_prune(
         job.model,
@@ -95,19 +102,20 @@ def prune(
         recover_epochs=epochs,
         settings=settings,
         seed=seed,
+        on_epoch=show,
     )
     variants = [Variant("dense", job.model), Variant(method, result.model, result, time.perf_counter() - began)]
     trained = len(result.logs)
     if control and trained and train is not None:
         longer, began = copy.deepcopy(job.model), time.perf_counter()
-        fit(longer, train, epochs=trained, settings=settings)
+        fit(longer, train, epochs=trained, settings=settings, on_epoch=show, name="dense")
         variants.insert(1, Variant("dense-trained-longer", longer, seconds=time.perf_counter() - began))
     rows, latency = compare_variants(
         variants,
         out,
         job.example,
         test_batches=test,
-        progress=lambda text: console.print(text, style="dim", highlight=False),
+        progress=tell,
     )
     facts = {
         "model": model,

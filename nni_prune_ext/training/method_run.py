@@ -37,12 +37,14 @@ def fit(
     settings: TrainingSettings | None = None,
     loss: LossFunction = cross_entropy,
     on_epoch: Callable[[EpochLog], None] | None = None,
+    name: str = "fit",
 ) -> list[EpochLog]:
     """Trains all parameters of a model that require gradients, in place.
 
     Args:
         batches: iterated once per epoch.
         on_epoch: is told about every finished epoch.
+        name: of the phase, in the logs.
 
     Returns:
         one log per epoch.
@@ -53,7 +55,7 @@ def fit(
     run = MethodRun(
         model=model, batches_=batches, loss=loss, settings=settings or TrainingSettings(), on_epoch=on_epoch
     )
-    return run.train(PruningMethod(), Phase("fit", epochs), start=0, total=max(epochs, 1))
+    return run.train(PruningMethod(), Phase(name, epochs), start=0, total=max(epochs, 1))
 
 
 def drive(method: PruningMethod, run: MethodRun, *, first_phase: int = 0) -> Outcome:
@@ -157,7 +159,7 @@ class MethodRun:
     def apply(self, plan: PruningPlan) -> Removal:
         """Cuts now, certified: what the method put on the model is taken off, optimizers follow, the method is told."""
         self.cost_model()
-        self._leaving.close()
+        self.leave()
         removal = remove_channels(self.model, plan, self.example_inputs, groups=self.groups, seed=self.seed)
         for optimizer in self._optimizers:
             remap_optimizer(optimizer, self.model, removal)
@@ -187,6 +189,10 @@ class MethodRun:
     def on_leave(self, undo: Callable[[], object]) -> None:
         """Calls ``undo`` at the end of the phase, however it ends, or before a cut."""
         self._leaving.callback(undo)
+
+    def leave(self) -> None:
+        """Takes off what the method put on the model."""
+        self._leaving.close()
 
     def cost_model(self) -> CostModel:
         """Returns the costs of the current model; those of the first one are the reference of targets and limits."""
@@ -299,7 +305,7 @@ def _prepared(run: MethodRun, phase: Phase) -> Iterator[None]:
             parameter.grad = None
         if formatted:
             run.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        run._leaving.close()
+        run.leave()
 
 
 def _channels_last(batch: Batch) -> Batch:

@@ -191,7 +191,12 @@ class OptimizesUndeclared(Honest):
 
 class HandsOverMasks(Honest):
     def finish(self, context: MethodContext) -> Outcome:
-        return replace(super().finish(context), weight_masks={"stem.0.weight": torch.ones(3)})
+        return replace(super().finish(context), weight_masks={"stem.0.weight": torch.ones(12, 3, 3, 3) > 0})
+
+
+class HandsOverWrongMasks(Honest):
+    def finish(self, context: MethodContext) -> Outcome:
+        return replace(super().finish(context), weight_masks={"stem.0.weight": torch.ones(3) > 0})
 
 
 class StatesNaN(Honest):
@@ -221,7 +226,7 @@ METHODS: dict[str, tuple[MethodSpec, str]] = {
     "missing product": (replace(HONEST, products=frozenset({"plan", "gated_model"})), "A gated model is there"),
     "undeclared product": (spec_of(HandsOverMasks), "Weight masks are there if declared"),
     "masks of a wrong shape": (
-        replace(spec_of(HandsOverMasks), products=frozenset({"plan", "weight_masks"})), "is bool, shaped alike",
+        replace(spec_of(HandsOverWrongMasks), products=frozenset({"plan", "weight_masks"})), "shape of that parameter",
     ),
     "undeclared need for data": (replace(HONEST, needs_data=False), "declares needs_data"),
     "ignores the target": (spec_of(IgnoresTheTarget), "The target macs=0.6 is met"),

@@ -270,6 +270,18 @@ def test_least_ratios_of_layers_follow_the_fraction_of_the_target() -> None:
     assert {"0": 6, "2": 4} == kept_channels(half)
 
 
+def test_least_ratios_count_what_earlier_steps_have_removed() -> None:
+    model, x = chain(), torch.zeros(1, 3, 2, 2)
+    costs = cost_model(model, x)
+    smaller = cost_model(cut_channels(model, plan_from_channels(costs.groups, {"0": [0, 1, 2]}), x).model, x)
+    limits = Limits(layers={"0": LayerLimit(min_ratio=0.5)})
+
+    allocation = allocate(ascending(smaller), smaller, targets=[], limits=limits, reference=Reference.of(costs))
+
+    assert {"0": 4, "2": 4} == kept_channels(allocation)
+    assert {"0": 0.5, "2": 0.0} == dict(allocation.ratios)
+
+
 def test_a_limit_for_a_layer_that_does_not_exist_is_refused_with_the_nearest_name() -> None:
     _, costs = built("resnet20")
 

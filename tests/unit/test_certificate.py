@@ -222,3 +222,32 @@ def test_a_certificate_with_a_large_or_unknown_error_is_not_exact(error: float) 
 
     assert not proof.exact
     assert proof.flaw() is not None
+
+
+def test_a_probe_that_dies_on_the_way_is_replaced() -> None:
+    layers = [nn.Conv2d(3, 2, 4), *(part for _ in range(4) for part in (nn.ReLU(), nn.Conv2d(2, 2, 1, bias=False)))]
+    model = nn.Sequential(*layers)
+    groups = trace_channel_groups(model, IMAGE[:1])
+
+    verified = [verify_groups(model, IMAGE[:1], groups, seed=seed) for seed in range(5)]
+
+    assert [4] * 5 == [len(groups) for groups in verified]
+
+
+def test_a_group_in_which_every_layer_has_one_channel_is_protected() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(2, 4, 1)
+            self.both = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.a(x), self.b(x)], 1) + self.both(x))
+
+    model = Single()
+
+    verified = verify_groups(model, IMAGE, trace_channel_groups(model, IMAGE))
+
+    assert {"a": "every channel is the last one of some layer"} == {
+        p.root: p.reason for p in verified.protected if p.root != "head"
+    }

@@ -19,6 +19,7 @@ from nni_prune_ext.methods.base import MethodContext, MethodSpec, NoOptions, Out
 from nni_prune_ext.methods.baselines import L1, L2
 from nni_prune_ext.pipeline import PruneResult, checked_scope, method_options, parse_targets, prune
 from nni_prune_ext.plan import plan_from_channels
+from nni_prune_ext.surgery import Removal
 from nni_prune_ext.testing.method_bench import Bench, BenchNet, modes_of, traces_on
 from nni_prune_ext.testing.toy_models import ZOO
 from nni_prune_ext.training import TrainingSettings
@@ -198,6 +199,28 @@ def test_weight_masks_are_cut_like_the_model(bench: Bench) -> None:
     mask = result.outcome.weight_masks["inside.0.weight"]
     assert result.model.inside[0].weight.shape == mask.shape
     assert [False] * 4 + [True] * 10 == mask[:, 0, 0, 0].tolist()
+
+
+def test_the_method_is_told_about_the_last_cut_too_and_leaves_nothing_on_the_result(bench: Bench) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Told(PruningMethod):
+        def phases(self) -> list[Phase]:
+            return [Phase("score")]
+
+        def finish(self, context: MethodContext) -> Outcome:
+            return Outcome(plan_from_channels(context.groups, {"inside.0": [0, 9]}))
+
+        def on_removed(self, context: MethodContext, removal: Removal) -> None:
+            context.on_leave(context.model.register_forward_hook(lambda *_: None).remove)
+            told.append((context.model.inside[0].out_channels, removal.plan.num_removed))
+
+    spec = MethodSpec("told", "one sentence", "none", NoOptions, lambda _: Told())
+
+    result = pruned(bench, method=spec, target=[])
+
+    assert [(14, 2)] == told
+    assert [] == traces_on(result.model) + traces_on(result.removed_only)
 
 
 def test_the_local_scope_and_limits_reach_the_allocation(bench: Bench) -> None:
