@@ -19,8 +19,6 @@ import torch
 from rich.console import Console
 
 import nni_prune_ext as npe
-from nni_prune_ext.data.batches import BatchLoader
-from nni_prune_ext.data.sources import DataSource
 from nni_prune_ext.deployment import Variant, check_writable, compare_variants, result_facts
 from nni_prune_ext.evaluation import environment
 from nni_prune_ext.pipeline import method_spec
@@ -39,8 +37,8 @@ def main() -> None:
     channels, height, width = source.input_shape
     model = npe.build_model(arguments.model, num_classes=source.num_classes, in_channels=channels)
     example = (torch.randn(1, channels, height, width),)
-    train = batches(source, "train", 64 if len(source.train) < 5000 else 128, seed=arguments.seed)
-    test = batches(source, "test", 500)
+    train = npe.split_batches(source, "train", 64 if len(source.train) < 5000 else 128, seed=arguments.seed)
+    test = npe.split_batches(source, "test", 500)
     console.print(
         f"{arguments.model} on {source.name}: {len(source.train)} training and {len(source.test)} test images, "
         f"{channels}×{height}×{width}, {source.num_classes} classes",
@@ -117,21 +115,6 @@ def main() -> None:
             caption=f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %; "
             f"trained {arguments.epochs} epochs, recovered {arguments.recover_epochs}; artefacts in {out}",
         )
-    )
-
-
-def batches(source: DataSource, split: str, size: int, *, seed: int = 0) -> BatchLoader:
-    """Shuffled and varied for training, in order for the test."""
-    train = split == "train"
-    return BatchLoader(
-        source.splits()[split],
-        size,
-        shuffle=train,
-        seed=seed,
-        augment=source.augment if train else "none",
-        mean=source.mean,
-        std=source.std,
-        drop_last=train,
     )
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 
 import nni_prune_ext as npe
-from nni_prune_ext.data.batches import BatchLoader
 from nni_prune_ext.deployment import onnx_accuracy
 from nni_prune_ext.training import TrainingSettings, accuracy
 
 torch.manual_seed(0)
 data = npe.open_data("digits", image_size=8)
-train = BatchLoader(data.train, 64, shuffle=True, augment=data.augment, mean=data.mean, std=data.std)
-test = BatchLoader(data.test, 500, mean=data.mean, std=data.std)
+train = npe.split_batches(data, "train", 64)
+test = npe.split_batches(data, "test", 500)
 model = npe.build_model("resnet20", num_classes=data.num_classes, in_channels=1)
 npe.fit(model, train, epochs=5, settings=TrainingSettings(learning_rate=0.1))
 

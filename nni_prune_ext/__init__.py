@@ -15,6 +15,18 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _PUBLIC = {
+    "BatchLoader": "data.batches",
+    "split_batches": "data.batches",
+    "DataSource": "data.image_arrays",
+    "TrainingSettings": "training",
+    "accuracy": "training",
+    "PruneResult": "pipeline",
+    "LayerLimit": "allocation",
+    "write_artefacts": "deployment",
+    "load_pruned": "deployment",
+    "MethodSpec": "methods.base",
+    "Phase": "methods.base",
+    "Outcome": "methods.base",
     "ChannelGroup": "graph.channel_groups",
     "ChannelGroups": "graph.channel_groups",
     "trace_channel_groups": "graph.channel_groups",
@@ -48,19 +60,22 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
-    from nni_prune_ext.allocation import Limits, Target, allocate
+    from nni_prune_ext.allocation import LayerLimit, Limits, Target, allocate
     from nni_prune_ext.certificate import Certificate, remove_channels, verify_groups
     from nni_prune_ext.costs import Costs, count_costs
+    from nni_prune_ext.data.batches import BatchLoader, split_batches
+    from nni_prune_ext.data.image_arrays import DataSource
     from nni_prune_ext.data.sources import open_data
+    from nni_prune_ext.deployment import load_pruned, write_artefacts
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.export.parity import check_parity
     from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
-    from nni_prune_ext.methods.base import PruningMethod
+    from nni_prune_ext.methods.base import MethodSpec, Outcome, Phase, PruningMethod
     from nni_prune_ext.models.loading import build_model, load_weights, save_weights
-    from nni_prune_ext.pipeline import prune
+    from nni_prune_ext.pipeline import PruneResult, prune
     from nni_prune_ext.plan import PruningPlan, plan_from_channels, plan_from_masks, plan_to_masks
     from nni_prune_ext.surgery import Removal, remap_optimizer, silence_channels
-    from nni_prune_ext.training import fit, recalibrate_batchnorm
+    from nni_prune_ext.training import TrainingSettings, accuracy, fit, recalibrate_batchnorm
 
 
 def __getattr__(name: str) -> object:

@@ -51,11 +51,35 @@ LEAST_INPUT_EFFECT = 0.001
 STAGES = ("build", "trace", "verify", "allocate", "cut", "certify", "export")
 IN_PRUNING_LIMIT = STAGES[1:6]
 COLUMNS = (
-    "set", "model", "verdict", "input", "params", "params_after", "macs_of", "macs_before", "macs_after", "macs_cut",
-    "target_macs", "groups", "channels", "protected_layers", "protected_reason", "exact", "certificate_error",
-    "certificate_bound", "dtype", "input_effect", "removal_effect", "exporter", "parity_max_rel",
+    "set",
+    "model",
+    "verdict",
+    "input",
+    "params",
+    "params_after",
+    "macs_of",
+    "macs_before",
+    "macs_after",
+    "macs_cut",
+    "target_macs",
+    "groups",
+    "channels",
+    "protected_layers",
+    "protected_reason",
+    "exact",
+    "certificate_error",
+    "certificate_bound",
+    "dtype",
+    "input_effect",
+    "removal_effect",
+    "exporter",
+    "parity_max_rel",
     "dense_parity_max_rel",
-    *(f"cpu_s_{stage}" for stage in STAGES), "cpu_s_pruning", "peak_rss_gb", "source", "error",
+    *(f"cpu_s_{stage}" for stage in STAGES),
+    "cpu_s_pruning",
+    "peak_rss_gb",
+    "source",
+    "error",
 )
 _INPUT_SIZES = {"inception_v3": 299, "maxvit_t": 224, "alexnet": 64}
 _FULL_SIZE_PREFIXES = ("vit_", "swin_")
@@ -153,10 +177,16 @@ def _fork_server(chosen: str | None) -> ForkServerContext:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([
-        "torch", "torchvision", "onnxruntime", "nni_prune_ext.certificate", "nni_prune_ext.export.onnx_static",
-        *(["timm"] if chosen == "timm" else []),
-    ])
+    context.set_forkserver_preload(
+        [
+            "torch",
+            "torchvision",
+            "onnxruntime",
+            "nni_prune_ext.certificate",
+            "nni_prune_ext.export.onnx_static",
+            *(["timm"] if chosen == "timm" else []),
+        ]
+    )
     return context
 
 
@@ -362,14 +392,20 @@ def _prune(model: nn.Module, inputs: ExampleInputs, row: _Row, case: Case) -> nn
         removal = cut_channels(model, plan, inputs, groups=groups)
         after = _only(count_costs(removal.model, inputs), part)
     row.note(
-        params_after=sum(p.numel() for p in removal.model.parameters()), macs_before=dense.macs, macs_after=after.macs,
+        params_after=sum(p.numel() for p in removal.model.parameters()),
+        macs_before=dense.macs,
+        macs_after=after.macs,
         macs_cut=1 - after.macs / dense.macs,
     )
     with row.stage("certify"):
         certificate = certify_plan(model, plan, inputs, groups=groups)
     row.note(
-        exact=certificate.exact, certificate_error=certificate.max_relative_error, certificate_bound=certificate.bound,
-        input_effect=certificate.input_effect, removal_effect=certificate.removal_effect, dtype=certificate.dtype,
+        exact=certificate.exact,
+        certificate_error=certificate.max_relative_error,
+        certificate_bound=certificate.bound,
+        input_effect=certificate.input_effect,
+        removal_effect=certificate.removal_effect,
+        dtype=certificate.dtype,
     )
     if not certificate.exact:
         row.note(verdict="not exact", error=certificate.flaw())

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # works from a source tree that was never installed
 
 import nni_prune_ext as npe  # noqa: E402 (the path comes first)
-from nni_prune_ext.data.batches import BatchLoader  # noqa: E402
 from nni_prune_ext.deployment import load_pruned, runtime  # noqa: E402
 from nni_prune_ext.errors import NniPruneExtError, RuntimeUnavailableError  # noqa: E402
 from nni_prune_ext.evaluation import accuracy_of_session, environment, file_size_bytes, measure_latency, throughput  # noqa: E402
@@ -54,7 +53,7 @@ def main() -> None:
     source = npe.open_data(
         arguments.data or job["data"], image_size=job["image_size"], limit=job["limit"], seed=job["seed"]
     )
-    test = list(BatchLoader(source.test, arguments.batch, mean=source.mean, std=source.std))
+    test = list(npe.split_batches(source, "test", arguments.batch))
     began = time.monotonic()
     todo = [piece for piece in pieces(artefacts, arguments) if not piece_path(pieces_folder, piece).exists()]
     for number, piece in enumerate(todo):

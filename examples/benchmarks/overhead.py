@@ -86,8 +86,14 @@ def theirs(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Stages]:
     """Prunes 30 % of the channels (about half of the MACs) in one step, as torch-pruning's read-me does."""
     clock = _Clock()
     pruner = tp.pruner.BasePruner(
-        model, (x,), importance=tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=0.3,
-        ignored_layers=[list(model.modules())[-1]], in_channel_groups={}, out_channel_groups={}, num_heads={},
+        model,
+        (x,),
+        importance=tp.importance.GroupMagnitudeImportance(p=1),
+        pruning_ratio=0.3,
+        ignored_layers=[list(model.modules())[-1]],
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
     )
     clock.lap("build graph")
     pruner.step()

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nni_prune_ext.allocation import Limits
-    from nni_prune_ext.data.batches import BatchLoader
     from nni_prune_ext.data.sources import DataSource
 
 
@@ -67,22 +66,6 @@ def open_job(
     classes = num_classes if num_classes is not None else (source.num_classes if source else None)
     network = build_model(model, num_classes=classes, in_channels=shape[1], weights=weights, pretrained=pretrained)
     return Job(network, (torch.randn(shape),), source)
-
-
-def loader(source: DataSource, split: str, batch_size: int, *, train: bool = False, seed: int = 0) -> BatchLoader:
-    """Returns batches of a split: shuffled and varied for training, in order otherwise."""
-    from nni_prune_ext.data.batches import BatchLoader  # imported here because it loads torch
-
-    return BatchLoader(
-        source.splits()[split],
-        batch_size,
-        shuffle=train,
-        seed=seed,
-        augment=source.augment if train else "none",
-        mean=source.mean,
-        std=source.std,
-        drop_last=train and len(source.splits()[split]) > batch_size,
-    )
 
 
 def read_limits(max_ratio: float, min_channels: int, multiple: int, exclude: list[str], layer: list[str]) -> Limits:

@@ -41,8 +41,9 @@ def plan(
 
     from nni_prune_ext.allocation import CostModel, check_feasible
     from nni_prune_ext.certificate import verify_groups
-    from nni_prune_ext.cli.job import loader, open_job, read_limits, read_options
+    from nni_prune_ext.cli.job import open_job, read_limits, read_options
     from nni_prune_ext.costs import count_costs
+    from nni_prune_ext.data.batches import split_batches
     from nni_prune_ext.deployment import check_writable
     from nni_prune_ext.graph.channel_groups import trace_channel_groups
     from nni_prune_ext.pipeline import checked_scope, method_spec, parse_targets
@@ -72,7 +73,7 @@ def plan(
     lowest = check_feasible(CostModel.of(job.model, groups, dense), targets, limits)
     result = None
     if targets:
-        batches = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
+        batches = split_batches(job.source, "train", batch_size, seed=seed) if job.source else None
         result = run_prune(
             job.model,
             job.example,

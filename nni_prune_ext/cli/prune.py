@@ -50,7 +50,8 @@ def prune(
 
     from rich.console import Console
 
-    from nni_prune_ext.cli.job import loader, open_job, read_limits, read_options
+    from nni_prune_ext.cli.job import open_job, read_limits, read_options
+    from nni_prune_ext.data.batches import split_batches
     from nni_prune_ext.deployment import Variant, check_writable, compare_variants, result_facts
     from nni_prune_ext.evaluation import environment
     from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
@@ -79,8 +80,8 @@ def prune(
         std=std,
         seed=seed,
     )
-    train = loader(job.source, "train", batch_size, train=True, seed=seed) if job.source else None
-    test = loader(job.source, "test", 500) if job.source else None
+    train = split_batches(job.source, "train", batch_size, seed=seed) if job.source else None
+    test = split_batches(job.source, "test", 500) if job.source else None
     console = Console(width=160)
 
     def tell(text: str) -> None:

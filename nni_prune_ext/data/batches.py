@@ -7,11 +7,30 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nni_prune_ext.data.image_arrays import AUGMENTS, Augment, ImageArrays
+from nni_prune_ext.data.image_arrays import AUGMENTS, Augment, DataSource, ImageArrays
 from nni_prune_ext.errors import ConfigError
 
 SHIFT_DIVISOR = 8  # images move by up to an eighth of their height: 4 pixels of 32, 2 of 16
 EPOCH_STRIDE = 1_000_003  # a prime, so that neighbouring seeds and epochs share no stream
+
+
+def split_batches(
+    source: DataSource, split: str, batch_size: int, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> BatchLoader:
+    """Return batches of one split: ``train`` shuffled, varied and without an odd last batch, the others as they are."""
+    train = split == "train"
+    arrays = source.splits()[split]
+    return BatchLoader(
+        arrays,
+        batch_size,
+        shuffle=train,
+        seed=seed,
+        augment=source.augment if train else "none",
+        mean=source.mean,
+        std=source.std,
+        device=device,
+        drop_last=train and len(arrays) > batch_size,
+    )
 
 
 class BatchLoader:

@@ -67,8 +67,8 @@ def find_splits(root: Path, *, seed: int) -> FolderSplits:
     names = class_folders(train_root if train_root.is_dir() else root)
     if not train_root.is_dir() and set(names) <= {"val", "test"}:
         raise DataError(
-            f"'{root}' holds {' and '.join(names)} but no train folder, expected {LAYOUTS}. Add the training images, or "
-            f"give '{root / names[0]}' to divide these images into splits."
+            f"'{root}' holds {' and '.join(names)} but no train folder, expected {LAYOUTS}. Add the training images, "
+            f"or give '{root / names[0]}' to divide these images into splits."
         )
     if not train_root.is_dir() or not (val_root.is_dir() or test_root.is_dir()):
         files = class_images(train_root if train_root.is_dir() else root, names)
@@ -93,7 +93,8 @@ def class_folders(root: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(
-            f"'{root}' holds no class folders, expected {LAYOUTS}. Put the images of each class into a folder of its own."
+            f"'{root}' holds no class folders, expected {LAYOUTS}. Put the images of each class into "
+            "a folder of its own."
         )
     return tuple(names)
 

@@ -19,9 +19,9 @@ from nni_prune_ext.data.image_folders import (
     decode_images,
     find_splits,
 )
-from nni_prune_ext.specs import did_you_mean, import_factory
 from nni_prune_ext.data.splitting import split_off, split_off_share
 from nni_prune_ext.errors import ConfigError, DataError
+from nni_prune_ext.specs import did_you_mean, import_factory
 
 __all__ = ["Augment", "DataSource", "ImageArrays", "open_data"]
 
@@ -134,14 +134,14 @@ def _open_cifar10(root: Path, image_size: int | None, limit: int | None, seed: i
         return _open_cifar10_batches(root, seed, download)
     if not (root / "train").is_dir() or not (root / "test").is_dir():
         raise DataError(
-            f"'{root}' holds neither cifar-10-batches-py nor the folders train and test, expected one of them. Check the "
-            f"path, or allow the download."
+            f"'{root}' holds neither cifar-10-batches-py nor the folders train and test, expected one of them. Check "
+            f"the path, or allow the download."
         )
     found = class_folders(root / "train")
     if found != CIFAR10_CLASSES:
         raise DataError(
-            f"'{root / 'train'}' holds the classes {', '.join(found)}, expected CIFAR-10's {', '.join(CIFAR10_CLASSES)}. "
-            f"Open other images with imagefolder:{root}."
+            f"'{root / 'train'}' holds the classes {', '.join(found)}, expected CIFAR-10's "
+            f"{', '.join(CIFAR10_CLASSES)}. Open other images with imagefolder:{root}."
         )
     source = _open_image_folder(root, image_size or CIFAR10_SIZE, limit, seed)
     return dataclasses.replace(source, name="cifar10", mean=CIFAR10_MEAN, std=CIFAR10_STD)

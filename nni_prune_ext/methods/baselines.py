@@ -45,7 +45,7 @@ class BaselineOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(default=1, ge=1)
-    schedule: str = "one_shot"
+    schedule: str = "linear"
     epochs_per_step: int = Field(default=0, ge=0)
     ratio_policy: str | None = None
 

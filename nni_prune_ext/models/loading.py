@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from nni_prune_ext.specs import did_you_mean, import_factory
 from nni_prune_ext.errors import ConfigError, ModelError, WeightsError
 from nni_prune_ext.models.builtin import BUILTIN_FACTORIES, builtin_names
 from nni_prune_ext.models.weights import load_weights, save_weights
+from nni_prune_ext.specs import did_you_mean, import_factory
 
 __all__ = ["build_model", "builtin_names", "load_weights", "save_weights"]
 

@@ -114,8 +114,8 @@ def _read_torch(path: Path) -> object:
         content: object = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise WeightsError(
-            f"'{path}' cannot be read as plain weights ({type(error).__name__}): it is damaged, of another format, or a "
-            f"pickle with Python code, which is never executed. Expected tensors only. Save "
+            f"'{path}' cannot be read as plain weights ({type(error).__name__}): it is damaged, of another format, or "
+            f"a pickle with Python code, which is never executed. Expected tensors only. Save "
             f"model.state_dict() again where you trust the file, with torch.save or as safetensors."
         ) from error
     for key in NESTING_KEYS:

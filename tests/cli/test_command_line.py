@@ -60,7 +60,18 @@ def test_export_of_a_plan_runs_in_a_bare_session_without_extra_convolutions(tmp_
 
 
 def test_prune_writes_artefacts_that_rebuild_the_same_network(tmp_path):
-    arguments = ["prune", "resnet20", "--data", "digits", "--limit-images", "60", "--batch-size", "20", "--target", "macs=0.5"]
+    arguments = [
+        "prune",
+        "resnet20",
+        "--data",
+        "digits",
+        "--limit-images",
+        "60",
+        "--batch-size",
+        "20",
+        "--target",
+        "macs=0.5",
+    ]
 
     found = run(*arguments, "--epochs", "1", "--multiple", "4", "--out", "out", cwd=tmp_path)
 
@@ -83,38 +94,80 @@ def test_prune_writes_artefacts_that_rebuild_the_same_network(tmp_path):
 
 
 MISTAKES = {
-    "unknown method": (["prune", "resnet20", "--method", "tailor", "--target", "macs=0.5", "--out", "out"], "Did you mean 'taylor'"),
+    "unknown method": (
+        ["prune", "resnet20", "--method", "tailor", "--target", "macs=0.5", "--out", "out"],
+        "Did you mean 'taylor'",
+    ),
     "unknown schedule": (
-        ["prune", "resnet20", "--option", "schedule=apg", "--target", "macs=0.5", "--out", "out", *SMALL], "Did you mean 'agp'"),
-    "unknown option": (["prune", "resnet20", "--option", "step=2", "--target", "macs=0.5", "--out", "out"], "Known options: steps"),
+        ["prune", "resnet20", "--option", "schedule=apg", "--target", "macs=0.5", "--out", "out", *SMALL],
+        "Did you mean 'agp'",
+    ),
+    "unknown option": (
+        ["prune", "resnet20", "--option", "step=2", "--target", "macs=0.5", "--out", "out"],
+        "Known options: steps",
+    ),
     "unknown model": (["plan", "resnet21"], "id you mean"),
     "unknown model of torchvision": (["plan", "torchvision:resnet51"], "id you mean"),
     "target out of range": (["prune", "resnet20", "--target", "ratio=1.5", "--out", "out"], "out of range"),
     "unreadable target": (["prune", "resnet20", "--target", "flops=0.5", "--out", "out"], "Cannot read the target"),
     "infeasible target": (["prune", "resnet20", *SMALL, "--target", "macs=0.001", "--out", "out"], "cannot be met"),
     "infeasible with limits": (
-        ["prune", "resnet20", *SMALL, "--target", "macs=0.5", "--exclude", "layer*", "--out", "out"], "cannot be met"),
-    "ratio limit out of range": (["prune", "resnet20", "--target", "macs=0.5", "--max-ratio", "2", "--out", "out"], "--max-ratio is 2"),
-    "layer limit unreadable": (["prune", "resnet20", "--target", "macs=0.5", "--layer", "conv1", "--out", "out"], "PATTERN=MIN:MAX"),
-    "data without classes": (["prune", "resnet20", "--data", "imagefolder:empty", "--target", "macs=0.5", "--out", "out"], "empty"),
-    "data missing": (["prune", "resnet20", "--data", "cifar10:nowhere", "--target", "macs=0.5", "--out", "out"], "nowhere"),
+        ["prune", "resnet20", *SMALL, "--target", "macs=0.5", "--exclude", "layer*", "--out", "out"],
+        "cannot be met",
+    ),
+    "ratio limit out of range": (
+        ["prune", "resnet20", "--target", "macs=0.5", "--max-ratio", "2", "--out", "out"],
+        "--max-ratio is 2",
+    ),
+    "layer limit unreadable": (
+        ["prune", "resnet20", "--target", "macs=0.5", "--layer", "conv1", "--out", "out"],
+        "PATTERN=MIN:MAX",
+    ),
+    "data without classes": (
+        ["prune", "resnet20", "--data", "imagefolder:empty", "--target", "macs=0.5", "--out", "out"],
+        "empty",
+    ),
+    "data missing": (
+        ["prune", "resnet20", "--data", "cifar10:nowhere", "--target", "macs=0.5", "--out", "out"],
+        "nowhere",
+    ),
     "data-driven method without data": (
-        ["prune", "resnet20", *SMALL, "--method", "taylor", "--target", "macs=0.5", "--out", "out"], "needs training data"),
+        ["prune", "resnet20", *SMALL, "--method", "taylor", "--target", "macs=0.5", "--out", "out"],
+        "needs training data",
+    ),
     "weights file is a pickle with code": (
-        ["prune", "resnet20", "--weights", "evil.pt", "--target", "macs=0.5", "--out", "out"], "evil.pt"),
-    "weights of another model": (["prune", "resnet32", "--weights", "resnet20.safetensors", "--target", "macs=0.5", "--out", "out"],
-                                 "resnet20.safetensors"),
-    "plan for another model": (["export", "resnet32", *SMALL, "--plan", "plan20.json", "--out", "out/net.onnx"], "another model"),
-    "corrupt plan": (["export", "resnet20", *SMALL, "--plan", "corrupt.json", "--out", "out/net.onnx"], "not a usable pruning plan"),
-    "foreign plan": (["export", "resnet20", *SMALL, "--plan", "foreign.json", "--out", "out/net.onnx"], "not a usable pruning plan"),
+        ["prune", "resnet20", "--weights", "evil.pt", "--target", "macs=0.5", "--out", "out"],
+        "evil.pt",
+    ),
+    "weights of another model": (
+        ["prune", "resnet32", "--weights", "resnet20.safetensors", "--target", "macs=0.5", "--out", "out"],
+        "resnet20.safetensors",
+    ),
+    "plan for another model": (
+        ["export", "resnet32", *SMALL, "--plan", "plan20.json", "--out", "out/net.onnx"],
+        "another model",
+    ),
+    "corrupt plan": (
+        ["export", "resnet20", *SMALL, "--plan", "corrupt.json", "--out", "out/net.onnx"],
+        "not a usable pruning plan",
+    ),
+    "foreign plan": (
+        ["export", "resnet20", *SMALL, "--plan", "foreign.json", "--out", "out/net.onnx"],
+        "not a usable pruning plan",
+    ),
     "plan missing": (["export", "resnet20", *SMALL, "--plan", "none.json", "--out", "out/net.onnx"], "none.json"),
     "model that does not run": (["plan", "broken_models:raises"], "'inner.bad'"),
     "model that writes no channels": (["plan", "broken_models:no_layers"], "No layer of"),
     "example inputs do not fit": (["plan", "resnet20", "--input-shape", "1,3,0,8"], "input shape"),
-    "example inputs of a wrong width": (["plan", "vgg16_bn", "--input-shape", "1,3,8,8"], "does not run on the example inputs"),
+    "example inputs of a wrong width": (
+        ["plan", "vgg16_bn", "--input-shape", "1,3,8,8"],
+        "does not run on the example inputs",
+    ),
     "unwritable output": (["prune", "resnet20", "--target", "macs=0.5", "--out", "plan20.json/out"], "Cannot write"),
     "two sources of channels": (
-        ["export", "resnet20", "--plan", "plan20.json", "--artefact", "x", "--out", "out/net.onnx"], "at most one"),
+        ["export", "resnet20", "--plan", "plan20.json", "--artefact", "x", "--out", "out/net.onnx"],
+        "at most one",
+    ),
 }
 
 BROKEN_MODELS = """
