@@ -28,11 +28,23 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> object:
             return model(*example_inputs)
         return model(example_inputs)
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError) as error:
+        where = _failing_module(model, error)
         raise ModelError(
             f"{type(model).__name__} does not run on the example inputs ({describe(example_inputs)}): "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. Expected inputs that model(...) takes: "
+            f"{type(error).__name__}{where}: {(str(error).splitlines() or [''])[0]}. Expected inputs that model(...) takes: "
             "pass a tensor, a tuple of positional arguments or a dict of keyword arguments."
         ) from error
+
+
+def _failing_module(model: nn.Module, error: BaseException) -> str:
+    """Returns " in 'name'" for the innermost submodule on the error's traceback, nothing where there is none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        found = names.get(id(traceback.tb_frame.f_locals.get("self")), "") or found
+        traceback = traceback.tb_next
+    return f" in '{found}'" if found else ""
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
