@@ -130,7 +130,7 @@ class _Search:
         limits.check(model.groups)
         self.model, self.limits, self.reference, self.fraction = model, limits, reference, fraction
         self.groups = list(model.groups)
-        self._scores = {g.name: _checked_scores(g, scores) for g in self.groups}
+        self._scores = {g.name: _with_survivors(g, _checked_scores(g, scores)) for g in self.groups}
         self._shares = _checked_ratios(self.groups, ratios) if ratios is not None or scope == "local" else None
         self.ranked = {name: np.argsort(values, kind="stable") for name, values in self._scores.items()}
         self._step = {g.name: _multiple_of(g, limits.multiple) for g in self.groups}
@@ -243,6 +243,16 @@ def _checked_scores(group: ChannelGroup, scores: Mapping[str, Tensor]) -> NDArra
             "(inf protects a channel). Check the criterion for empty slices or missing gradients."
         )
     return array
+
+
+def _with_survivors(group: ChannelGroup, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Protects the best channel of every layer that writes only a part of the group, so that none is left empty."""
+    result = scores.copy()
+    for member in group.by_role(Role.WRITER, Role.DEPTHWISE):
+        own = np.unique(member.channel)
+        if len(own) < group.num_channels:
+            result[own[np.argmax(scores[own])]] = math.inf
+    return result
 
 
 def _checked_ratios(groups: Sequence[ChannelGroup], ratios: Mapping[str, float] | None) -> dict[str, float]:

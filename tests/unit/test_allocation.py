@@ -398,3 +398,30 @@ def test_a_model_without_prunable_groups_allows_no_target_and_no_crash() -> None
     assert {} == dict(allocate({}, costs, targets=[]).kept)
     with pytest.raises(NniPruneExtError):
         allocate({}, costs, targets=[Target("macs", 0.5)])
+
+
+class WrittenByParts(nn.Module):
+    """A sum whose one side is a concatenation: three layers write one group, two of them a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.whole = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 8, 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, 3, H, W) to (N, 2)."""
+        joined = torch.cat([self.left(x), self.right(x)], 1) + self.whole(x)
+        return self.head(joined.mean((2, 3)))
+
+
+def test_a_layer_that_writes_a_part_of_a_group_keeps_its_best_channel() -> None:
+    costs = cost_model(WrittenByParts(), torch.zeros(1, 3, 4, 4))
+    (group,) = costs.groups
+    scores = torch.arange(8.0)
+
+    found = allocate({group.name: scores}, costs, targets=[Target("ratio", 0.7)], limits=Limits(max_ratio=1.0))
+
+    left = next(m for m in group.members if m.tensor == "left.weight")
+    assert (0, 1) == tuple(left.channel)
+    assert {"left": (0,)}.items() <= found.plan.removed.items()
+    assert 6 == found.plan.num_removed
