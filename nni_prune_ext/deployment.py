@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import OutputError, PluginError
-from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
+from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, environment, file_size_bytes, measure_latency
 from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.models.weights import load_weights, save_weights
@@ -240,6 +240,18 @@ def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) 
         else "",
         seconds=variant.seconds,
     )
+
+
+def measurement_facts(latency: LatencyReport) -> dict[str, object]:
+    """Returns the conditions of a measurement: machine, versions, protocol, samples."""
+    return {"environment": environment(), "latency": latency.to_dict()}
+
+
+def latency_caption(latency: LatencyReport, without_data: bool = False) -> str:
+    """Returns the line under a table that says how latency was measured."""
+    how = f"latency: {latency.clock} time, {latency.threads} thread, batch {latency.batch_size}"
+    missing = "; no data given: accuracy not measured" if without_data else ""
+    return f"{how}, A/A error {100 * latency.error_bar:.1f} %{missing}"
 
 
 def result_facts(result: PruneResult) -> dict[str, object]:

@@ -31,8 +31,8 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> object:
         where = _failing_module(model, error)
         raise ModelError(
             f"{type(model).__name__} does not run on the example inputs ({describe(example_inputs)}): "
-            f"{type(error).__name__}{where}: {(str(error).splitlines() or [''])[0]}. Expected inputs that model(...) takes: "
-            "pass a tensor, a tuple of positional arguments or a dict of keyword arguments."
+            f"{type(error).__name__}{where}: {(str(error).splitlines() or [''])[0]}. Expected inputs that "
+            "model(...) takes: pass a tensor, a tuple of positional arguments or a dict of keyword arguments."
         ) from error
 
 

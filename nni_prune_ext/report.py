@@ -49,68 +49,39 @@ class Row:
     seconds: float | None = None
 
 
+HEADINGS = (
+    "network",
+    "MACs",
+    "left",
+    "params",
+    "left",
+    "top-1 cut",
+    "top-1",
+    "top-1 ORT",
+    "ONNX",
+    "ms",
+    "× dense",
+    "certificate",
+    "parity",
+)
+"""Columns of the table, on the terminal and in Markdown."""
+
+
 def before_after_table(rows: Sequence[Row], *, title: str, caption: str = "") -> Table:
     """Returns a table for the terminal; the first row is the dense network, to which shares refer."""
     table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left", pad_edge=False)
-    for heading in (
-        "network",
-        "MACs",
-        "left",
-        "params",
-        "left",
-        "top-1 cut",
-        "top-1",
-        "top-1 ORT",
-        "ONNX",
-        "ms",
-        "× dense",
-        "certificate",
-        "parity",
-    ):
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
-    dense = rows[0]
     for row in rows:
-        table.add_row(
-            row.name,
-            _count(row.macs),
-            _share(row.macs, dense.macs),
-            _count(row.params),
-            _share(row.params, dense.params),
-            _percent(row.top1_removed),
-            _percent(row.top1),
-            _percent(row.top1_onnx),
-            _bytes(row.onnx_bytes),
-            "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
-            "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
-            _error(row.certificate),
-            _error(row.parity),
-        )
+        table.add_row(*_cells(row, rows[0]))
     return table
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """Returns the same table as Markdown."""
-    lines = [
-        "| network | MACs | params | top-1 cut | top-1 | top-1 ORT | ONNX | ms | × dense | certificate | parity |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    dense = rows[0]
-    for row in rows:
-        cells = [
-            row.name,
-            f"{_count(row.macs)} ({_share(row.macs, dense.macs)})",
-            f"{_count(row.params)} ({_share(row.params, dense.params)})",
-            _percent(row.top1_removed),
-            _percent(row.top1),
-            _percent(row.top1_onnx),
-            _bytes(row.onnx_bytes),
-            "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
-            "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
-            _error(row.certificate),
-            _error(row.parity),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = [" | ".join(HEADINGS), "|".join(["---", *["---:"] * (len(HEADINGS) - 1)])]
+    lines += [" | ".join(_cells(row, rows[0])) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def write_report(path: Path, rows: Sequence[Row], facts: Mapping[str, object]) -> None:
@@ -136,6 +107,24 @@ def write_text(path: Path, text: str) -> None:
         os.replace(handle.name, path)
     except OSError as error:
         raise OutputError(f"Cannot write '{path}': {error.strerror}. Choose a folder you may write to.") from error
+
+
+def _cells(row: Row, dense: Row) -> list[str]:
+    return [
+        row.name,
+        _count(row.macs),
+        _share(row.macs, dense.macs),
+        _count(row.params),
+        _share(row.params, dense.params),
+        _percent(row.top1_removed),
+        _percent(row.top1),
+        _percent(row.top1_onnx),
+        _bytes(row.onnx_bytes),
+        "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
+        "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
+        _error(row.certificate),
+        _error(row.parity),
+    ]
 
 
 def _count(value: int) -> str:

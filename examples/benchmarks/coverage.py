@@ -512,7 +512,7 @@ def _awake(model: nn.Module, inputs: ExampleInputs) -> nn.Module:
     """Returns a copy in which no parameter or statistic is constant, so that none can go wrong unseen.
 
     Weights keep their initialisation, which amplifies rounding least; constants (zero biases and heads, unit scales,
-    tiny layer scales) become random. Where inputs then hardly reach the output, statistics follow the activations.
+    tiny layer scales) become random. Where inputs then hardly reach the output, or rounding does, statistics follow activations.
     """
     import torch
 
@@ -529,8 +529,11 @@ def _awake(model: nn.Module, inputs: ExampleInputs) -> nn.Module:
     if isinstance(inputs, torch.Tensor):
         batch = torch.randn(8, *inputs.shape[1:], generator=generator)
         with torch.no_grad():
-            output = next(tensors_in(twin(batch))).flatten(1)
-        if not float(output.std(0).mean() / output.abs().mean()) > LEAST_INPUT_EFFECT:
+            output = next(tensors_in(twin(batch))).flatten(1).double()
+            precise = next(tensors_in(copy.deepcopy(twin).double()(batch[:1].double()))).flatten(1)
+        rounding = float((output[:1] - precise).abs().max() / precise.abs().max())
+        effect = float(output.std(0).mean() / output.abs().mean())
+        if not (effect > LEAST_INPUT_EFFECT and rounding < PARITY_WORTH_COMPARING):
             _follow_statistics(twin, batch)
     else:
         _follow_statistics(twin, inputs)

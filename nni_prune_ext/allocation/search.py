@@ -247,7 +247,7 @@ def _checked_scores(group: ChannelGroup, scores: Mapping[str, Tensor]) -> NDArra
 
 def _with_survivors(group: ChannelGroup, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Protects the best channel of every layer that writes only a part of the group, so that none is left empty."""
-    result = scores.copy()
+    result: NDArray[np.float64] = scores.copy()
     for member in group.by_role(Role.WRITER, Role.DEPTHWISE):
         own = np.unique(member.channel)
         if len(own) < group.num_channels:

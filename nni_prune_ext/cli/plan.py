@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nni_prune_ext.cli import options as o
+
+if TYPE_CHECKING:
+    from nni_prune_ext.costs import Costs
+    from nni_prune_ext.graph.channel_groups import ChannelGroups
+    from nni_prune_ext.pipeline import PruneResult
 
 
 def plan(
@@ -36,22 +41,21 @@ def plan(
     save: Annotated[Path | None, typer.Option(help="Write the plan as JSON here.")] = None,
 ) -> None:
     """Lists channel groups, protected layers and the feasible range; with --target also what would go."""
-    from rich.console import Console  # imported here to keep --help instant
-    from rich.table import Table
-
-    from nni_prune_ext.allocation import CostModel, check_feasible
+    from nni_prune_ext.allocation import CostModel, check_feasible  # imported here to keep --help instant
     from nni_prune_ext.certificate import verify_groups
     from nni_prune_ext.cli.job import open_job, read_limits, read_options
     from nni_prune_ext.costs import count_costs
     from nni_prune_ext.data.batches import split_batches
     from nni_prune_ext.deployment import check_writable
     from nni_prune_ext.graph.channel_groups import trace_channel_groups
-    from nni_prune_ext.pipeline import checked_scope, method_spec, parse_targets
+    from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
     from nni_prune_ext.pipeline import prune as run_prune
 
-    method_spec(method)
+    chosen = read_options(option)
+    method_options(method_spec(method), chosen)
     targets = parse_targets(target)
     limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
+    checked = checked_scope(scope)
     if save is not None:
         check_writable(save.parent)
     job = open_job(
@@ -73,60 +77,50 @@ def plan(
     lowest = check_feasible(CostModel.of(job.model, groups, dense), targets, limits)
     result = None
     if targets:
-        batches = split_batches(job.source, "train", batch_size, seed=seed) if job.source else None
         result = run_prune(
             job.model,
             job.example,
             method=method,
             target=targets,
-            options=read_options(option),
+            options=chosen,
             limits=limits,
-            scope=checked_scope(scope),
-            train_batches=batches,
+            scope=checked,
+            train_batches=split_batches(job.source, "train", batch_size, seed=seed) if job.source else None,
             groups=groups,
             seed=seed,
         )
-    console = Console()
-    table = Table(
-        title=f"{model}: {len(groups)} channel groups, {groups.num_channels} removable channels", title_justify="left"
-    )
-    for heading in ("root", "channels", "layers", "would go" if result else ""):
+    _show(model, groups, dense, lowest, result)
+    if result is not None and save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        result.plan.save(save)
+        typer.echo(f"plan written to {save}")
+
+
+def _show(
+    model: str, groups: ChannelGroups, dense: Costs, lowest: dict[str, float], result: PruneResult | None
+) -> None:
+    from rich.console import Console  # imported here to keep --help instant
+    from rich.table import Table
+
+    title = f"{model}: {len(groups)} channel groups, {groups.num_channels} removable channels"
+    table = Table(title=title, title_justify="left")
+    for heading in ("root", "channels", "layers", *(["would go"] if result else [])):
         table.add_column(heading)
     for group in groups:
-        gone = len(result.plan.removed.get(group.name, ())) if result else None
-        table.add_row(
-            group.name,
-            str(group.num_channels),
-            str(len({m.tensor.rpartition(".")[0] for m in group.members})),
-            "" if gone is None else str(gone),
-        )
-    console.print(table)
+        layers = len({member.tensor.rpartition(".")[0] for member in group.members})
+        gone = [str(len(result.plan.removed.get(group.name, ())))] if result else []
+        table.add_row(group.name, str(group.num_channels), str(layers), *gone)
+    Console().print(table)
     for protected in groups.protected:
-        console.print(
-            f"protected: {protected.root} ({protected.width}): {protected.reason}", markup=False, highlight=False
-        )
+        typer.echo(f"protected: {protected.root} ({protected.width}): {protected.reason}")
     for name in groups.rewrites:
-        console.print(f"rewritten exactly before the cut: {name}", markup=False, highlight=False)
+        typer.echo(f"rewritten exactly before the cut: {name}")
     if groups.unreached:
-        console.print(
-            f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}",
-            markup=False,
-            highlight=False,
-        )
-    console.print(
-        f"dense: {dense.macs:,} MACs, {dense.params:,} parameters, {dense.weight_bytes:,} bytes; reachable: down to "
-        f"{lowest['macs'] / max(dense.macs, 1):.3f} of the MACs, {lowest['params'] / max(dense.params, 1):.3f} of the "
-        f"parameters, ratio up to {lowest['ratio']:.3f}",
-        highlight=False,
+        typer.echo(f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}")
+    typer.echo(f"dense: {dense.macs:,} MACs, {dense.params:,} parameters, {dense.weight_bytes:,} bytes")
+    typer.echo(
+        f"reachable: down to {lowest['macs'] / max(dense.macs, 1):.3f} of the MACs, "
+        f"{lowest['params'] / max(dense.params, 1):.3f} of the parameters, ratio up to {lowest['ratio']:.3f}"
     )
-    if result is not None:
-        for achieved in result.achieved:
-            console.print(
-                f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}",
-                highlight=False,
-            )
-        assert result.certificate is None or result.certificate.exact
-        if save is not None:
-            save.parent.mkdir(parents=True, exist_ok=True)
-            result.plan.save(save)
-            console.print(f"plan written to {save}", highlight=False)
+    for achieved in result.achieved if result else ():
+        typer.echo(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}")

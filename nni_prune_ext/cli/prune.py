@@ -52,8 +52,14 @@ def prune(
 
     from nni_prune_ext.cli.job import open_job, read_limits, read_options
     from nni_prune_ext.data.batches import split_batches
-    from nni_prune_ext.deployment import Variant, check_writable, compare_variants, result_facts
-    from nni_prune_ext.evaluation import environment
+    from nni_prune_ext.deployment import (
+        Variant,
+        check_writable,
+        compare_variants,
+        latency_caption,
+        measurement_facts,
+        result_facts,
+    )
     from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
     from nni_prune_ext.pipeline import prune as run_prune
     from nni_prune_ext.report import before_after_table, write_report
@@ -118,26 +124,9 @@ def prune(
         test_batches=test,
         progress=tell,
     )
-    facts = {
-        "model": model,
-        "data": data,
-        "seed": seed,
-        "recovery_epochs": epochs,
-        "environment": environment(),
-        "latency": latency.to_dict(),
-        **result_facts(result),
-    }
-    write_report(out / "report.json", rows, facts)
-    console.print(
-        before_after_table(
-            rows,
-            title=f"{model}, {method}",
-            caption=(
-                f"latency: {latency.clock} time, 1 thread, batch 1, A/A error {100 * latency.error_bar:.1f} %"
-                + ("" if test else "; no data given: accuracy not measured")
-            ),
-        )
-    )
+    facts = {"model": model, "data": data, "seed": seed, "recovery_epochs": epochs}
+    write_report(out / "report.json", rows, {**facts, **measurement_facts(latency), **result_facts(result)})
+    console.print(before_after_table(rows, title=f"{model}, {method}", caption=latency_caption(latency, test is None)))
     for achieved in result.achieved:
         console.print(
             f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False
