@@ -7,19 +7,20 @@ ARTEFACTS ?= demo_output
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+THREADS ?= 2
 
 .PHONY: help demo test check docs slow gpu-evidence clean
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, found " + sys.version'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'error: Python 3.10 or newer is needed; say which: make PYTHON=python3.11'; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'error: cannot make a virtual environment; install the venv module of $(PYTHON)'; exit 2; }
 	$(INSTALL) --editable '.[test,docs]'
 	touch $@
 
 demo: $(VENV)/installed ## train, prune with every method, export, check, measure (DATA=digits|cifar10:ROOT|imagefolder:PATH)
-	$(BIN)/python examples/demo.py --data '$(DATA)' --out '$(OUT)'
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/demo.py --data '$(DATA)' --out '$(OUT)'
 
 check: $(VENV)/installed ## lint, types, layer contracts: fast
 	$(BIN)/ruff check .
@@ -40,4 +41,4 @@ gpu-evidence: ## on a GPU machine: dense and pruned on torch and ONNX Runtime CU
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu_evidence.py --artefacts '$(ARTEFACTS)' --results '$(RESULTS)'
 
 clean: ## remove everything that the targets made
-	rm -rf $(VENV) demo_output docs/_build build dist *.egg-info
+	rm -rf $(VENV) $(OUT) docs/_build build dist *.egg-info

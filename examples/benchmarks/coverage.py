@@ -512,7 +512,8 @@ def _awake(model: nn.Module, inputs: ExampleInputs) -> nn.Module:
     """Returns a copy in which no parameter or statistic is constant, so that none can go wrong unseen.
 
     Weights keep their initialisation, which amplifies rounding least; constants (zero biases and heads, unit scales,
-    tiny layer scales) become random. Where inputs then hardly reach the output, or rounding does, statistics follow activations.
+    tiny layer scales) become random. Where inputs then hardly reach the output, or rounding does, statistics follow
+    the activations.
     """
     import torch
 
@@ -541,7 +542,7 @@ def _awake(model: nn.Module, inputs: ExampleInputs) -> nn.Module:
 
 
 def _follow_statistics(model: nn.Module, batch: ExampleInputs) -> None:
-    """Sets running statistics to those of a batch, with 5 times the deviation, so that rounding is not amplified."""
+    """Sets running statistics to those of a batch, with 5 times the deviation: rounding then stays small."""
     import torch
 
     from nni_prune_ext.inputs import call_model
