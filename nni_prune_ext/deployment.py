@@ -1,12 +1,12 @@
 """From a compact model to artefacts: plan, weights, checked ONNX, accuracy and latency on the runtimes.
 
-An artefact folder holds ``plan.json``, ``model.safetensors`` and ``model.onnx``; the compact PyTorch model is rebuilt
-from the original model code with ``load_pruned``.
+An artefact folder holds ``plan.json``, ``model.safetensors``, ``model.onnx`` and, where known, ``model.json``; the compact
+PyTorch model is rebuilt from the original model code with ``load_pruned``.
 """
 
 from __future__ import annotations
 
-import tempfile
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,21 @@ import numpy as np
 from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
-from nni_prune_ext.errors import OutputError, PluginError
+from nni_prune_ext.errors import PluginError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, environment, file_size_bytes, measure_latency
+from nni_prune_ext.export.artefact_folder import (
+    ONNX,
+    PLAN,
+    WEIGHTS,
+    ModelSpec,
+    check_unused,
+    check_writable,
+    complete_or_absent,
+    remove_artefacts,
+    remove_earlier_run,
+)
 from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
+from nni_prune_ext.export.parity import FAIL
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.models.weights import load_weights, save_weights
 from nni_prune_ext.pipeline import PruneResult
@@ -41,24 +53,6 @@ class Artefacts:
     export: ExportResult
 
 
-def check_writable(folder: Path) -> None:
-    """Makes sure that a folder can be created and written to, before any work; leaves nothing behind.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryDirectory(dir=existing):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write to '{folder}': {error.strerror or error}. Choose another folder with --out."
-        ) from error
-
-
 def write_artefacts(
     model: nn.Module,
     folder: Path,
@@ -67,28 +61,39 @@ def write_artefacts(
     plan: PruningPlan | None = None,
     properties: Mapping[str, str] | None = None,
     given_inputs: Sequence[ExampleInputs] | None = None,
+    spec: ModelSpec | None = None,
+    fail: float = FAIL,
 ) -> Artefacts:
-    """Writes weights, plan and a checked ONNX file of a (compact or dense) model.
+    """Writes weights, plan and a checked ONNX file of a (compact or dense) model: all of them, or none on an error.
 
     Args:
         plan: the plan that led to the model; a dense model has none.
         properties: further ONNX metadata.
         given_inputs: real inputs for the parity check.
+        spec: how the original model is built, so that ``export --artefact`` needs no further options.
+        fail: largest relative difference between ONNX Runtime and PyTorch that is let pass.
 
     Raises:
         OutputError: the folder cannot be written.
         ExportError: no ONNX file can be made, or its outputs differ from PyTorch's.
     """
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     facts = dict(properties or {})
-    if plan is not None:
-        plan.save(folder / "plan.json")
-        facts["plan"] = plan.to_json()
-    save_weights(model, folder / "model.safetensors")
-    path = folder / "model.onnx"
-    result = export_onnx(model, example_inputs, path, properties=facts, given_inputs=given_inputs)
-    return Artefacts(folder, path, result)
+    with complete_or_absent(folder) as draft:
+        if plan is not None:
+            plan.save(draft / PLAN)
+            facts["plan"] = plan.to_json()
+        if spec is not None:
+            spec.save(draft)
+            facts["model"] = spec.model_dump_json()
+        save_weights(model, draft / WEIGHTS)
+        made = export_onnx(model, example_inputs, draft / ONNX, properties=facts, given_inputs=given_inputs, fail=fail)
+        remove_artefacts(folder)
+    return Artefacts(folder, folder / ONNX, _at(made, folder))
+
+
+def _at(made: ExportResult, folder: Path) -> ExportResult:
+    data = made.data_path and folder / made.data_path.name
+    return replace(made, path=folder / made.path.name, data_path=data)
 
 
 def load_pruned(model: nn.Module, folder: Path, example_inputs: ExampleInputs) -> nn.Module:
@@ -101,9 +106,9 @@ def load_pruned(model: nn.Module, folder: Path, example_inputs: ExampleInputs) -
         PlanError: the folder has no usable plan, or the plan is for another model.
         WeightsError: the weights are missing or do not fit.
     """
-    plan = PruningPlan.load(folder / "plan.json")
+    plan = PruningPlan.load(folder / PLAN)
     compact = cut_channels(model, plan, example_inputs).model
-    load_weights(compact, folder / "model.safetensors")
+    load_weights(compact, folder / WEIGHTS)
     return compact
 
 
@@ -174,13 +179,20 @@ def compare_variants(
     *,
     test_batches: ImageBatches | None = None,
     progress: Callable[[str], None] | None = None,
+    spec: ModelSpec | None = None,
+    overwrite: bool = True,
 ) -> tuple[list[Row], LatencyReport]:
     """Writes the artefacts of every variant and measures all side by side; the first one is the dense reference.
+
+    On an error the folder is as it was before. A pruned network may differ from PyTorch by up to twice as much as the
+    dense one does, if that is more than the usual 1e-4.
 
     Args:
         folder: gets one artefact folder per variant.
         test_batches: images and labels for accuracy in PyTorch and on ONNX Runtime; ``None`` measures no accuracy.
         progress: is told what is being done.
+        spec: how the original model is built.
+        overwrite: replace an earlier run in the folder; otherwise the folder must be empty.
 
     Returns:
         one row per variant, and the latency measurement behind it.
@@ -188,40 +200,66 @@ def compare_variants(
     Raises:
         OutputError, ExportError: see ``write_artefacts``.
     """
+    (check_writable if overwrite else check_unused)(folder)
     tell = progress or (lambda _: None)
     images = None if test_batches is None else next(iter(test_batches))[0]
     given = None if images is None else [images[:16]]
-    rows, paths = [], {}
-    for variant in variants:
-        tell(f"exporting and checking {variant.name}")
-        plan = variant.result.plan if variant.result else None
-        files = write_artefacts(
-            variant.model,
-            folder / variant.name,
-            example_inputs,
-            plan=plan,
-            given_inputs=given,
-            properties={"variant": variant.name},
-        )
-        paths[variant.name] = files.onnx
-        row = _row(variant, files, example_inputs)
-        if test_batches is not None:
-            before = accuracy(variant.result.removed_only, test_batches) if variant.result else None
-            row = replace(
-                row,
-                top1_removed=before,
-                top1=accuracy(variant.model, test_batches),
-                top1_onnx=onnx_accuracy(files.onnx, test_batches),
+    rows: list[Row] = []
+    with complete_or_absent(folder) as draft:
+        for variant in variants:
+            tell(f"exporting and checking {variant.name}")
+            fail = _parity_limit(variant, rows)
+            files = write_artefacts(
+                variant.model,
+                draft / variant.name,
+                example_inputs,
+                plan=variant.result.plan if variant.result else None,
+                given_inputs=given,
+                properties=_origin(variant),
+                spec=spec,
+                fail=fail,
             )
-        rows.append(row)
-    tell("measuring latency, all networks side by side")
-    if images is None:
-        images = next(tensors_in(example_inputs))
-    latency = compare_latency(paths, images)
+            row = replace(_row(variant, files, example_inputs), parity_limit=fail)
+            tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
+            rows.append(row if test_batches is None else _with_accuracy(row, variant, files.onnx, test_batches))
+        tell("measuring latency, all networks side by side")
+        if images is None:
+            images = next(tensors_in(example_inputs))
+        latency = compare_latency({variant.name: draft / variant.name / ONNX for variant in variants}, images)
+        remove_earlier_run(folder)
     measured = {row.name: row for row in latency.rows}
     return [
         replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio) for row in rows
     ], latency
+
+
+def _parity_limit(variant: Variant, rows: Sequence[Row]) -> float:
+    """Returns the largest difference to PyTorch that passes; a pruned network may have twice that of the dense one."""
+    dense = rows[0].parity if rows and variant.result else None
+    return FAIL if dense is None else max(FAIL, 2 * dense)
+
+
+def _origin(variant: Variant) -> dict[str, str]:
+    """Returns the ONNX metadata that say how a variant came to be; values beyond text are JSON."""
+    result = variant.result
+    if result is None:
+        return {"variant": variant.name}
+    return {
+        "variant": variant.name,
+        "method": result.method,
+        "seed": str(result.seed),
+        "targets": json.dumps(_targets(result)),
+        "certificate": json.dumps(result.certificate.as_dict() if result.certificate else None),
+    }
+
+
+def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: ImageBatches) -> Row:
+    return replace(
+        row,
+        top1_removed=accuracy(variant.result.removed_only, batches) if variant.result else None,
+        top1=accuracy(variant.model, batches),
+        top1_onnx=onnx_accuracy(onnx, batches),
+    )
 
 
 def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) -> Row:
@@ -242,6 +280,13 @@ def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) 
     )
 
 
+def _targets(result: PruneResult) -> list[dict[str, object]]:
+    return [
+        {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
+        for a in result.achieved
+    ]
+
+
 def measurement_facts(latency: LatencyReport) -> dict[str, object]:
     """Returns the conditions of a measurement: machine, versions, protocol, samples."""
     return {"environment": environment(), "latency": latency.to_dict()}
@@ -259,10 +304,7 @@ def result_facts(result: PruneResult) -> dict[str, object]:
     return {
         "method": result.method,
         "certificate": result.certificate.as_dict() if result.certificate else None,
-        "targets": [
-            {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
-            for a in result.achieved
-        ],
+        "targets": _targets(result),
         "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
         "rewrites": list(result.groups.rewrites),
         "unreached": list(result.groups.unreached),

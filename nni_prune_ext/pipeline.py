@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nni_prune_ext.allocation import Achieved, CostModel, Limits, Reference, Scope, Target, check_feasible
 from nni_prune_ext.certificate import Certificate, certify_plan, remove_channels, verify_groups
 from nni_prune_ext.costs import Costs, count_costs
-from nni_prune_ext.errors import CertificateError, ConfigError, PluginError
+from nni_prune_ext.errors import CertificateError, ConfigError, PluginError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
@@ -53,6 +53,8 @@ class PruneResult:
         removed_only: the compact model as it was right after the cut, before any recovery.
         outcome: what the method handed over (weight masks, cut to fit ``removed_only``; a gated model; facts).
         logs: one entry per training epoch of method and recovery.
+        method: name of the method.
+        seed: of everything random.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class PruneResult:
     outcome: Outcome
     logs: tuple[EpochLog, ...]
     method: str
+    seed: int = 0
 
 
 def prune(
@@ -110,6 +113,8 @@ def prune(
     """
     spec = method_spec(method) if isinstance(method, str) else method
     targets = parse_targets(target)
+    if recover_epochs < 0:
+        raise ConfigError(f"recover_epochs is {recover_epochs}, expected 0 or more. Leave it out for no recovery.")
     settings = settings or TrainingSettings()
     built = spec.build(method_options(spec, options))
     if train_batches is None:
@@ -147,21 +152,7 @@ def prune(
         certificate = certify_plan(model, plan, example_inputs, groups=groups, seed=seed)
         if not certificate.exact:
             raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
-    compact = copy.deepcopy(removal.model)
-    logs = list(run.logs)
-    if train_batches is not None:
-        recalibrate_batchnorm(compact, train_batches, forward=loss)
-        if recover_epochs:
-            with seeded(compact, seed):
-                logs += fit(
-                    compact,
-                    train_batches,
-                    epochs=recover_epochs,
-                    settings=settings,
-                    loss=loss,
-                    on_epoch=on_epoch,
-                    name="recovery",
-                )
+    compact, recovery = _recovered(removal.model, run, train_batches, recover_epochs)
     costs = count_costs(compact, example_inputs)
     return PruneResult(
         model=compact,
@@ -173,9 +164,33 @@ def prune(
         achieved=achieved_targets(targets, cost_model, plan, costs),
         removed_only=removal.model,
         outcome=outcome,
-        logs=tuple(logs),
+        logs=(*run.logs, *recovery),
         method=spec.name,
+        seed=seed,
     )
+
+
+def _recovered(
+    model: nn.Module, run: MethodRun, batches: Batches | None, epochs: int
+) -> tuple[nn.Module, list[EpochLog]]:
+    """Returns a copy with BN statistics measured anew and trained for some epochs, as far as there is data."""
+    compact = copy.deepcopy(model)
+    if batches is None:
+        return compact, []
+    recalibrate_batchnorm(compact, batches, forward=run.loss)
+    if not epochs:
+        return compact, []
+    with seeded(compact, run.seed):
+        logs = fit(
+            compact,
+            batches,
+            epochs=epochs,
+            settings=run.settings,
+            loss=run.loss,
+            on_epoch=run.on_epoch,
+            name="recovery",
+        )
+    return compact, logs
 
 
 def _check_masks(spec: MethodSpec, masks: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -233,8 +248,14 @@ def method_options(spec: MethodSpec, options: Mapping[str, object] | None) -> Ba
 
 
 def parse_targets(target: str | Target | Sequence[str | Target]) -> tuple[Target, ...]:
-    """Returns the targets as a tuple, checked."""
+    """Returns the targets as a tuple, checked.
+
+    Raises:
+        TargetError: there is none, or one is unreadable or out of range.
+    """
     given = [target] if isinstance(target, (str, Target)) else list(target)
+    if not given:
+        raise TargetError("No target was given, expected at least one. Ask for example for macs=0.5.")
     targets = tuple(Target.parse(t) if isinstance(t, str) else t for t in given)
     for one in targets:
         one.check()

@@ -94,7 +94,8 @@ def load_plugin(kind: Kind, name: str) -> object:
     """
     known = plugins(kind)
     if name not in known:
-        close = get_close_matches(name, known, n=3)
+        cutoff = 0.6 if len(name) > 3 else 0.5  # of two letters, one may be wrong
+        close = get_close_matches(name, known, n=3, cutoff=cutoff)
         hint = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else f"There are: {', '.join(known)}."
         raise UnknownPluginError(f"There is no {kind[:-1]} called '{name}'. {hint} `nni-prune-ext list` shows all.")
     plugin = known[name]

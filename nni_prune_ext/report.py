@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from nni_prune_ext.errors import OutputError
+from nni_prune_ext.text_files import write_text as write_text  # the demo takes it from here
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Row:
         latency_ratio: latency divided by the dense network's, measured side by side.
         certificate: largest relative error between removal and silencing.
         parity: largest relative error between ONNX Runtime and PyTorch.
+        parity_limit: the largest such error that would have been let pass.
         asked: the targets asked for, and what was achieved.
         seconds: time that the method, the removal and the recovery took.
     """
@@ -45,6 +44,7 @@ class Row:
     latency_ratio: float | None = None
     certificate: float | None = None
     parity: float | None = None
+    parity_limit: float | None = None
     asked: str = ""
     seconds: float | None = None
 
@@ -91,22 +91,6 @@ def write_report(path: Path, rows: Sequence[Row], facts: Mapping[str, object]) -
         OutputError: the file cannot be written.
     """
     write_text(path, json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under its name only once it is complete.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(handle.name, path)
-    except OSError as error:
-        raise OutputError(f"Cannot write '{path}': {error.strerror}. Choose a folder you may write to.") from error
 
 
 def _cells(row: Row, dense: Row) -> list[str]:

@@ -5,13 +5,15 @@
 Reads the artefacts of ``examples/demo.py`` (made first if they are missing) and measures, for every method, runtime
 and precision, the pruned network against the dense one, interleaved in one run: accuracy, agreement with PyTorch in
 float32, p50/p95/p99 of one image, throughput in batches, memory in use. Each such piece is one JSON file, so the run
-can be stopped and continued at any time; ``--budget-seconds`` (540) stops it by itself before the next piece. Neither
-nni nor torch-pruning is imported. Without a GPU nothing is measured and nothing is written.
+can be stopped and continued at any time; ``--budget-seconds`` (540) stops it by itself before the next piece. A piece
+counts only for the ONNX files that it was measured on; what could not be measured is tried again. Neither nni nor
+torch-pruning is imported. Without a GPU nothing is measured and nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -30,8 +32,8 @@ import nni_prune_ext as npe  # noqa: E402 (the path comes first)
 from nni_prune_ext.deployment import load_pruned, runtime  # noqa: E402
 from nni_prune_ext.errors import NniPruneExtError, RuntimeUnavailableError  # noqa: E402
 from nni_prune_ext.evaluation import accuracy_of_session, environment, file_size_bytes, measure_latency, throughput  # noqa: E402
-from nni_prune_ext.report import write_text  # noqa: E402
 from nni_prune_ext.runtimes.base import RunnableModel  # noqa: E402
+from nni_prune_ext.text_files import write_text  # noqa: E402
 
 Piece = tuple[str, str, str]
 
@@ -55,7 +57,7 @@ def main() -> None:
     )
     test = list(npe.split_batches(source, "test", arguments.batch))
     began = time.monotonic()
-    todo = [piece for piece in pieces(artefacts, arguments) if not piece_path(pieces_folder, piece).exists()]
+    todo = [piece for piece in pieces(artefacts, arguments) if not is_done(pieces_folder, piece, artefacts)]
     for number, piece in enumerate(todo):
         if time.monotonic() - began > arguments.budget_seconds:
             print(f"stopped after {number} pieces, {len(todo) - number} are left: run the same command again")
@@ -63,7 +65,7 @@ def main() -> None:
         found = measure(piece, artefacts, job, test, arguments)
         write_text(piece_path(pieces_folder, piece), json.dumps(found, indent=1) + "\n")
         print(" ".join(piece), json.dumps({k: found[k] for k in ("status", "latency_ratio") if k in found}))
-    merged = {"job": job, "pieces": [json.loads(path.read_text()) for path in sorted(pieces_folder.glob("*.json"))]}
+    merged = {"job": job, "pieces": current_pieces(pieces_folder, artefacts)}
     write_text(Path(arguments.results) / "gpu_evidence.json", json.dumps(merged, indent=1) + "\n")
 
 
@@ -80,6 +82,29 @@ def piece_path(folder: Path, piece: Piece) -> Path:
     return folder / f"{'--'.join(piece)}.json"
 
 
+def is_done(folder: Path, piece: Piece, artefacts: Path) -> bool:
+    """Says whether a piece was measured on the ONNX files that are there now."""
+    path = piece_path(folder, piece)
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    return found["status"] == "measured" and found.get("onnx_sha256") == fingerprints(artefacts, piece[2])
+
+
+def current_pieces(folder: Path, artefacts: Path) -> list[dict[str, object]]:
+    """Returns all pieces, of this call and of earlier ones, that belong to the ONNX files that are there now."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [piece for piece in found if piece.get("onnx_sha256", "") == fingerprints(artefacts, piece["network"])]
+
+
+def fingerprints(artefacts: Path, network: str) -> dict[str, str] | None:
+    """Returns the start of the SHA-256 of the dense and the pruned ONNX file; ``None`` where one is missing."""
+    files = {which: artefacts / which / "model.onnx" for which in ("dense", network)}
+    if not all(path.exists() for path in files.values()):
+        return None
+    return {which: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for which, path in files.items()}
+
+
 def measure(
     piece: Piece, artefacts: Path, job: dict[str, object], test: list, arguments: argparse.Namespace
 ) -> dict[str, object]:
@@ -89,6 +114,7 @@ def measure(
         "runtime": name,
         "precision": precision,
         "network": network,
+        "onnx_sha256": fingerprints(artefacts, network),
         "environment": environment(),
     }
     chosen = runtime(name)

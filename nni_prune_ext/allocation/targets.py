@@ -18,6 +18,7 @@ from nni_prune_ext.graph.label_book import Role
 
 Metric = Literal["macs", "params", "memory", "ratio"]
 Scope = Literal["global", "local"]
+_SMALLEST_ABSOLUTE = 1000
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -41,7 +42,9 @@ class Target:
         Raises:
             TargetError: it is not of that form or out of range.
         """
-        match = re.fullmatch(r"\s*(macs|params|memory|ratio)\s*=\s*([0-9.]+(?:e-?[0-9]+)?)\s*([kKmMgG]?)\s*", text)
+        match = re.fullmatch(
+            r"\s*(macs|params|memory|ratio)\s*=\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kKmMgG]?)\s*", text
+        )
         if match is None:
             raise TargetError(
                 f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, "
@@ -62,13 +65,18 @@ class Target:
         """Refuses values out of range.
 
         Raises:
-            TargetError: not positive, or a ratio of 1 or more.
+            TargetError: not positive, a ratio of 1 or more, or neither a share nor a plausible absolute number.
         """
         if not self.value > 0 or (self.metric == "ratio" and self.value >= 1) or not math.isfinite(self.value):
             span = (
                 "above 0 and below 1" if self.metric == "ratio" else "above 0: a share up to 1, or an absolute number"
             )
-            raise TargetError(f"The target {self.metric}={self.value:g} is out of range. Expected a value {span}.")
+            raise TargetError(f"The target {self} is out of range. Expected a value {span}.")
+        if 1 < self.value < _SMALLEST_ABSOLUTE:
+            raise TargetError(
+                f"The target {self} is out of range: above 1 it is an absolute number, and no network is that small. "
+                f"Expected a share up to 1, or at least {_SMALLEST_ABSOLUTE}. Did you mean a share like 0.5?"
+            )
 
     def bound(self, dense: float) -> float:
         """Returns the bound in the metric's own unit, given the dense model's value."""

@@ -26,8 +26,9 @@ def export(
     """Writes one ONNX file with dynamic batch and checks it against PyTorch on ONNX Runtime."""
     from nni_prune_ext.certificate import remove_channels  # imported here to keep --help instant
     from nni_prune_ext.cli.job import open_job
-    from nni_prune_ext.deployment import check_writable, load_pruned
+    from nni_prune_ext.deployment import load_pruned
     from nni_prune_ext.errors import ConfigError
+    from nni_prune_ext.export.artefact_folder import ModelSpec, check_writable
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.plan import PruningPlan
 
@@ -50,8 +51,9 @@ def export(
         mean=None,
         std=None,
         seed=seed,
+        known=ModelSpec.load(artefact) if artefact is not None else None,
     )
-    network, properties = job.model, {}
+    network, properties = job.model, {"model": job.spec.model_dump_json()}
     if artefact is not None:
         network = load_pruned(job.model, artefact, job.example)
         properties["plan"] = (artefact / "plan.json").read_text()

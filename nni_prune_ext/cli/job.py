@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from nni_prune_ext.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,13 +16,16 @@ if TYPE_CHECKING:
 
     from nni_prune_ext.allocation import Limits
     from nni_prune_ext.data.sources import DataSource
+    from nni_prune_ext.export.artefact_folder import ModelSpec
+    from nni_prune_ext.graph.channel_groups import ChannelGroups
 
 
 @dataclass
 class Job:
-    """A model with example inputs and, where given, data."""
+    """A model with example inputs and, where given, data; and what is needed to build the model again."""
 
     model: nn.Module
+    spec: ModelSpec
     example: tuple[torch.Tensor, ...]
     source: DataSource | None
 
@@ -39,11 +44,17 @@ def open_job(
     mean: str | None,
     std: str | None,
     seed: int,
+    known: ModelSpec | None = None,
 ) -> Job:
-    """Builds the model and opens the data; example inputs are one image of the data, or of ``--input-shape``."""
+    """Builds the model and opens the data; example inputs are one image of the data, or of ``--input-shape``.
+
+    Args:
+        known: what an artefact folder says about classes and inputs; the options given win.
+    """
     import torch  # imported here to keep --help instant
 
     from nni_prune_ext.data.sources import open_data
+    from nni_prune_ext.export.artefact_folder import ModelSpec
     from nni_prune_ext.models.loading import build_model
 
     torch.manual_seed(seed)
@@ -58,14 +69,32 @@ def open_job(
             mean=_floats("--mean", mean),
             std=_floats("--std", std),
         )
-    shape = (
-        _shape(input_shape)
-        if input_shape
-        else (1, *(source.input_shape if source else (3, *_default_size(model, image_size))))
-    )
-    classes = num_classes if num_classes is not None else (source.num_classes if source else None)
+    if input_shape:
+        shape = _shape(input_shape, model)
+    elif source:
+        shape = (1, *source.input_shape)
+    elif known and not image_size:
+        shape = known.input_shape
+    else:
+        shape = (1, known.input_shape[1] if known else 3, *_default_size(model, image_size))
+    described = source or known
+    classes = described.num_classes if num_classes is None and described else num_classes
     network = build_model(model, num_classes=classes, in_channels=shape[1], weights=weights, pretrained=pretrained)
-    return Job(network, (torch.randn(shape),), source)
+    spec = ModelSpec(model=model, num_classes=classes, input_shape=shape)
+    return Job(network, spec, (torch.randn(shape),), source)
+
+
+def tell_what_is_not_pruned(groups: ChannelGroups) -> None:
+    """Prints what the trace did not see: parameters without use, and branches that the values decide."""
+    if groups.unreached:
+        typer.echo(f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}")
+    branches = getattr(groups, "value_dependent", ())
+    if branches:
+        typer.echo(
+            "warning: the forward pass branches on values, so other inputs may take other paths than the example did: "
+            + ", ".join(str(branch) for branch in branches),
+            err=True,
+        )
 
 
 def read_limits(max_ratio: float, min_channels: int, multiple: int, exclude: list[str], layer: list[str]) -> Limits:
@@ -111,16 +140,18 @@ def read_options(options: list[str]) -> dict[str, object]:
     return result
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str, model: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError as error:
         raise ConfigError(
             f"Cannot read the input shape '{text}'. Expected N,C,H,W, for example 1,3,224,224."
         ) from error
-    if len(shape) < 2 or min(shape) < 1:
+    takes_images = ":" not in model or model.startswith(("cifar:", "torchvision:", "timm:"))
+    if len(shape) < (4 if takes_images else 2) or min(shape) < 1:
         raise ConfigError(
-            f"The input shape '{text}' is not usable. Expected positive sizes N,C,H,W, for example 1,3,224,224."
+            f"The input shape '{text}' is not usable for '{model}'. Expected positive sizes N,C,H,W: batch, channels, "
+            "height and width. Give for example --input-shape 1,3,224,224."
         )
     return shape
 

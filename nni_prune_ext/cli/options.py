@@ -19,12 +19,14 @@ Pretrained: TypeAlias = Annotated[
 Data: TypeAlias = Annotated[
     str | None, typer.Option(help="digits, cifar10:ROOT, imagefolder:PATH, or module.path:factory.")
 ]
-NumClasses: TypeAlias = Annotated[int | None, typer.Option(help="Classes of the model; the data's own by default.")]
+NumClasses: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Classes of the model; the data's own by default.")
+]
 InputShape: TypeAlias = Annotated[
     str | None, typer.Option(help="N,C,H,W of the example input; the data's own by default.")
 ]
-ImageSize: TypeAlias = Annotated[int | None, typer.Option(help="Height and width of the images.")]
-LimitImages: TypeAlias = Annotated[int | None, typer.Option(help="At most so many images per split.")]
+ImageSize: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Height and width of the images.")]
+LimitImages: TypeAlias = Annotated[int | None, typer.Option(min=1, help="At most so many images per split.")]
 Download: TypeAlias = Annotated[bool, typer.Option("--download", help="Let torchvision download CIFAR-10.")]
 Mean: TypeAlias = Annotated[str | None, typer.Option(help="Mean per channel, comma-separated, for pixels in 0–1.")]
 Std: TypeAlias = Annotated[str | None, typer.Option(help="Standard deviation per channel, comma-separated.")]
@@ -44,5 +46,5 @@ LayerLimits: TypeAlias = Annotated[
 ScopeOption: TypeAlias = Annotated[
     str, typer.Option("--scope", help="global: one ranking; local: one ratio for all groups.")
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of everything random.")]
-BatchSize: TypeAlias = Annotated[int, typer.Option(help="Images per batch.")]
+Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images per batch.")]

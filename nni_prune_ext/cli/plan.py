@@ -46,14 +46,14 @@ def plan(
     from nni_prune_ext.cli.job import open_job, read_limits, read_options
     from nni_prune_ext.costs import count_costs
     from nni_prune_ext.data.batches import split_batches
-    from nni_prune_ext.deployment import check_writable
+    from nni_prune_ext.export.artefact_folder import check_writable
     from nni_prune_ext.graph.channel_groups import trace_channel_groups
     from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
     from nni_prune_ext.pipeline import prune as run_prune
 
     chosen = read_options(option)
     method_options(method_spec(method), chosen)
-    targets = parse_targets(target)
+    targets = parse_targets(target) if target else ()
     limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
     checked = checked_scope(scope)
     if save is not None:
@@ -102,6 +102,8 @@ def _show(
     from rich.console import Console  # imported here to keep --help instant
     from rich.table import Table
 
+    from nni_prune_ext.cli.job import tell_what_is_not_pruned
+
     title = f"{model}: {len(groups)} channel groups, {groups.num_channels} removable channels"
     table = Table(title=title, title_justify="left")
     for heading in ("root", "channels", "layers", *(["would go"] if result else [])):
@@ -115,8 +117,7 @@ def _show(
         typer.echo(f"protected: {protected.root} ({protected.width}): {protected.reason}")
     for name in groups.rewrites:
         typer.echo(f"rewritten exactly before the cut: {name}")
-    if groups.unreached:
-        typer.echo(f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}")
+    tell_what_is_not_pruned(groups)
     typer.echo(f"dense: {dense.macs:,} MACs, {dense.params:,} parameters, {dense.weight_bytes:,} bytes")
     typer.echo(
         f"reachable: down to {lowest['macs'] / max(dense.macs, 1):.3f} of the MACs, "

@@ -32,7 +32,7 @@ def prune(
     exclude: o.Exclude = [],  # noqa: B006
     layer: o.LayerLimits = [],  # noqa: B006
     scope: o.ScopeOption = "global",
-    epochs: Annotated[int, typer.Option(help="Epochs of recovery after the cut.")] = 0,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of recovery after the cut.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of all training.")] = 0.01,
     batch_size: o.BatchSize = 128,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast in training.")] = "fp32",
@@ -42,6 +42,7 @@ def prune(
     control: Annotated[
         bool, typer.Option(help="With --epochs: train the dense network as long, as a row beside it.")
     ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     seed: o.Seed = 0,
 ) -> None:
     """Prunes, certifies, recovers, exports to ONNX, checks parity, and measures before and after."""
@@ -50,16 +51,16 @@ def prune(
 
     from rich.console import Console
 
-    from nni_prune_ext.cli.job import open_job, read_limits, read_options
+    from nni_prune_ext.cli.job import open_job, read_limits, read_options, tell_what_is_not_pruned
     from nni_prune_ext.data.batches import split_batches
     from nni_prune_ext.deployment import (
         Variant,
-        check_writable,
         compare_variants,
         latency_caption,
         measurement_facts,
         result_facts,
     )
+    from nni_prune_ext.export.artefact_folder import check_unused, check_writable
     from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
     from nni_prune_ext.pipeline import prune as run_prune
     from nni_prune_ext.report import before_after_table, write_report
@@ -71,7 +72,7 @@ def prune(
     limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
     settings = checked_settings(learning_rate=learning_rate, precision=precision, channels_last=channels_last)
     checked = checked_scope(scope)
-    check_writable(out)
+    (check_writable if overwrite else check_unused)(out)
     job = open_job(
         model,
         weights=weights,
@@ -111,6 +112,7 @@ def prune(
         seed=seed,
         on_epoch=show,
     )
+    tell_what_is_not_pruned(result.groups)
     variants = [Variant("dense", job.model), Variant(method, result.model, result, time.perf_counter() - began)]
     trained = len(result.logs)
     if control and trained and train is not None:
@@ -123,6 +125,8 @@ def prune(
         job.example,
         test_batches=test,
         progress=tell,
+        spec=job.spec,
+        overwrite=overwrite,
     )
     facts = {"model": model, "data": data, "seed": seed, "recovery_epochs": epochs}
     write_report(out / "report.json", rows, {**facts, **measurement_facts(latency), **result_facts(result)})

@@ -109,7 +109,7 @@ def export_onnx(
         parity = None
         if check:
             parity = check_parity(model, draft, example_inputs, given_inputs=given_inputs, fail=fail)
-            _require_parity(parity, path, fail)
+            _require_parity(parity, model, fail)
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         data_path = _publish(folder, path)
     return ExportResult(path, data_path, used, reason, written, parity, size_bytes)
@@ -163,10 +163,10 @@ def _write(proto: onnx.ModelProto, draft: Path, model: nn.Module) -> None:
         ) from error
 
 
-def _require_parity(parity: ParityReport, path: Path, fail: float) -> None:
+def _require_parity(parity: ParityReport, model: nn.Module, fail: float) -> None:
     if not parity.passed:
         raise ParityError(
-            f"The ONNX file for '{path}' does not compute what PyTorch computes: relative difference "
+            f"The ONNX file of {type(model).__name__} does not compute what PyTorch computes: relative difference "
             f"{parity.max_rel:.3g} over {parity.num_inputs} inputs, expected at most {fail:g}. The file was not kept. "
             "Try another exporter or opset; if the model before pruning differs as much, pass a larger fail=."
         )

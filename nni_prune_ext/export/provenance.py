@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
@@ -29,7 +30,7 @@ def provenance(
         extra: Further properties of the caller (``plan``, ``method``, …), without the prefix.
 
     Raises:
-        ConfigError: If a property of the caller has a name that is written here.
+        ConfigError: If a property of the caller has a name that is written here, or SOURCE_DATE_EPOCH is no time.
     """
     own = {
         "version": package_version(),
@@ -37,7 +38,7 @@ def provenance(
         "opset": str(opset),
         "exporter": exporter,
         "input_shapes": json.dumps({name: list(tensor.shape) for name, tensor in inputs.items()}),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": _created().isoformat(timespec="seconds"),
         "state_dict_sha256": state_dict_sha256(model),
     }
     taken = sorted(own.keys() & extra.keys())
@@ -60,6 +61,19 @@ def state_dict_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _created() -> datetime:
+    """Returns now, or the time that ``SOURCE_DATE_EPOCH`` fixes (https://reproducible-builds.org)."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    if not fixed:
+        return datetime.now(timezone.utc)
+    try:
+        return datetime.fromtimestamp(int(fixed), timezone.utc)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ConfigError(
+            f"SOURCE_DATE_EPOCH is '{fixed}' ({error}), expected seconds since 1970. Correct or unset it."
+        ) from error
 
 
 def package_version() -> str:

@@ -106,7 +106,29 @@ def _build_from_factory(spec: str, num_classes: int | None, in_channels: int) ->
     options = {"in_channels": in_channels}
     if num_classes is not None:
         options["num_classes"] = num_classes
-    return _checked(factory(**{key: value for key, value in options.items() if _accepts(factory, key)}), spec)
+    given = {key: value for key, value in options.items() if _accepts(factory, key)}
+    _check_arguments(factory, given, spec)
+    try:
+        model = factory(**given)
+    except Exception as error:  # the user's own code may raise anything
+        raise ModelError(
+            f"The factory '{spec}' failed on {given}: {type(error).__name__}: {error}. Expected it to return a "
+            f"torch.nn.Module. Mend it, or give other values with --num-classes and --input-shape."
+        ) from error
+    return _checked(model, spec)
+
+
+def _check_arguments(factory: Callable[..., object], given: dict[str, int], spec: str) -> None:
+    try:
+        inspect.signature(factory).bind(**given)
+    except TypeError as error:
+        advice = "Give the number of classes with --num-classes (num_classes=), or give all other arguments defaults."
+        raise ModelError(
+            f"The factory '{spec}' cannot be called with {given or 'no arguments'}: {error}. Expected a factory that "
+            f"needs num_classes and in_channels only. {advice}"
+        ) from error
+    except ValueError:  # a callable of C code without a signature
+        return
 
 
 def _accepts(factory: Callable[..., object], parameter: str) -> bool:

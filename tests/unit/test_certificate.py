@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -251,3 +251,77 @@ def test_a_group_in_which_every_layer_has_one_channel_is_protected() -> None:
     assert {"a": "every channel is the last one of some layer"} == {
         p.root: p.reason for p in verified.protected if p.root != "head"
     }
+
+
+class Branch(nn.Module):
+    """A chain, with a side branch that is combined with it by a function."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.side, self.join = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(self.last(torch.relu(self.first(x))), self.join(torch.relu(self.side(x))))
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda y, side: y + 0.0 * side,
+        lambda y, side: y + side - side.detach(),
+        lambda y, side: y,
+        lambda y, side: y + (side > 1e9).to(y.dtype),
+    ],
+)
+def test_a_group_that_never_moves_the_output_is_protected(combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Branch(combine)
+
+    verified = verify_groups(model, IMAGE, trace_channel_groups(model, IMAGE))
+
+    assert ["first"] == [group.name for group in verified]
+    assert "does not move the output" in {p.root: p.reason for p in verified.protected}["side"]
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda y, side: y + side,
+        lambda y, side: y + side.detach(),
+        torch.no_grad()(lambda y, side: y + side),
+        lambda y, side: y + torch.from_numpy(side.detach().numpy()),
+    ],
+)
+def test_a_group_whose_gradient_is_cut_off_is_still_shown_to_matter(
+    combine: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    model = Branch(combine)
+
+    assert 2 == len(verify_groups(model, IMAGE, trace_channel_groups(model, IMAGE)))
+
+
+def test_a_group_that_nothing_reads_is_protected() -> None:
+    groups = trace_channel_groups(ZOO["chain"].build(), ZOO["chain"].example_inputs())
+    deaf = [
+        replace(g, members=tuple(m for m in g.members if not m.reads)) if number == 0 else g
+        for number, g in enumerate(groups)
+    ]
+
+    verified = verify_groups(ZOO["chain"].build(), ZOO["chain"].example_inputs(), replace(groups, groups=tuple(deaf)))
+
+    assert "no layer was seen to read these channels" == verified.protected[-1].reason
+    assert len(groups) - 1 == len(verified)
+
+
+@pytest.mark.parametrize("last", [lambda x: x.argmax(1), lambda x: x > 0, lambda x: (x.mean((2, 3)) > 0).float()])
+def test_outputs_that_are_not_continuous_prove_nothing(last: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), Apply(last))
+    groups = trace_channel_groups(model, IMAGE)
+
+    proof = certify_plan(model, plan_from_channels(groups, {"0": [0, 1]}), IMAGE, groups=groups)
+    verified = verify_groups(model, IMAGE, groups)
+
+    assert not proof.exact
+    assert "nothing was shown" in str(proof.flaw())
+    assert 0 == len(verified)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import pytest
@@ -91,3 +92,45 @@ def test_the_cost_predicted_from_cut_shapes_is_the_cost_counted(name: str) -> No
     counted = count_costs(removal.model, inputs)
     assert counted.macs == sum(c.positions * prod(shapes[c.name]) if c.weighted else c.macs for c in dense.layers)
     assert counted.params == sum(prod(shapes[n]) for n, _ in model.named_parameters())
+
+
+class Function(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return self.function(*args)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "macs"),
+    [
+        (nn.LSTM(3, 5), torch.zeros(7, 2, 3), 14 * 20 * (3 + 5)),
+        (nn.GRU(3, 5, batch_first=True, bidirectional=True), torch.zeros(2, 7, 3), 2 * 14 * 15 * (3 + 5)),
+        (nn.RNN(3, 5, num_layers=2), torch.zeros(7, 2, 3), 14 * 5 * (3 + 5 + 5 + 5)),
+        (nn.LSTM(3, 5, proj_size=2), torch.zeros(7, 3), 7 * (20 * (3 + 2) + 2 * 5)),
+        (nn.LSTMCell(3, 5), torch.zeros(2, 3), 2 * 20 * (3 + 5)),
+        (nn.Bilinear(3, 4, 5), (torch.zeros(2, 6, 3), torch.zeros(2, 6, 4)), 12 * 3 * 4 * 5),
+        (Function(lambda x: torch.einsum("...ij,...jk->...ik", x, x)), torch.zeros(2, 3, 4, 4), 6 * 64),
+        (Function(lambda x: torch.einsum("b...c,cd->b...d", x, x[0])), torch.zeros(4, 4, 4), 4 * 64),
+        (Function(lambda x: torch.addmm(input=x, mat1=x, mat2=x)), torch.zeros(4, 4), 64),
+        (Function(lambda x: torch.matmul(input=x, other=x)), torch.zeros(4, 4), 64),
+        (Function(lambda x: torch.mm(x, mat2=x)), torch.zeros(4, 4), 64),
+        (Function(lambda x: torch.baddbmm(x, batch1=x, batch2=x)), torch.zeros(3, 4, 4), 3 * 64),
+    ],
+)
+def test_recurrent_and_bilinear_layers_and_keywords_are_counted(layer: nn.Module, inputs: object, macs: int) -> None:
+    costs = count_costs(layer, inputs)
+
+    assert (macs, ()) == (costs.macs, costs.uncounted)
+
+
+def test_products_that_are_not_counted_are_named() -> None:
+    function = Function(lambda x: torch.tensordot(torch.einsum("ij,jk,kl->il", x, x, x), x, 1))
+
+    costs = count_costs(function, torch.zeros(4, 4))
+
+    assert (0, ("einsum", "tensordot")) == (costs.macs, costs.uncounted)

@@ -1,0 +1,149 @@
+"""What lies in an artefact folder, and how it gets there: complete or not at all, never mixed with an earlier run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nni_prune_ext.errors import ModelError, OutputError
+from nni_prune_ext.text_files import write_text
+
+PLAN = "plan.json"
+WEIGHTS = "model.safetensors"
+ONNX = "model.onnx"
+SPEC = "model.json"
+REPORT = "report.json"
+_FILES = (PLAN, WEIGHTS, ONNX, f"{ONNX}.data", SPEC)
+
+
+class ModelSpec(BaseModel):
+    """How the original model is built; immutable.
+
+    Attributes:
+        model: a specification for ``build_model``.
+        num_classes: outputs of the classifier; ``None`` for the model's own default.
+        input_shape: shape of an example input, ``(N, C, …)``.
+        format: version of this format.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    num_classes: int | None = None
+    input_shape: tuple[int, ...] = Field(min_length=2)
+    format: Literal[1] = 1
+
+    def save(self, folder: Path) -> None:
+        """Writes the specification into an artefact folder, atomically."""
+        write_text(folder / SPEC, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelSpec | None:
+        """Reads the specification of an artefact folder; ``None`` if it holds none.
+
+        Raises:
+            ModelError: there is one, but it cannot be read.
+        """
+        path = folder / SPEC
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise ModelError(
+                f"'{path}' is not a usable model specification ({error}). Expected what `nni-prune-ext prune` writes. "
+                "Delete it and give --num-classes and --input-shape instead."
+            ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure that a folder can be created and written to, before any work; leaves nothing behind.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=_nearest_existing(folder)):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def check_unused(folder: Path) -> None:
+    """Makes sure that a folder is empty or absent, and that it can be written to.
+
+    Raises:
+        OutputError: it cannot, or it holds something.
+    """
+    check_writable(folder)
+    found = next(folder.iterdir(), None) if folder.exists() else None
+    if found is not None:
+        raise OutputError(
+            f"The folder '{folder}' already holds '{found.name}', expected an empty or new folder: two runs would mix. "
+            "Choose another folder with --out, or replace the earlier run with --overwrite."
+        )
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder on the same file system; its files move to ``folder`` if the block ends without an error.
+
+    Raises:
+        OutputError: the files cannot be written or moved.
+    """
+    try:
+        draft = tempfile.TemporaryDirectory(dir=_nearest_existing(folder), prefix=".unfinished-")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with draft as name:
+        yield Path(name)
+        try:
+            _move_into(folder, Path(name))
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def remove_earlier_run(folder: Path) -> None:
+    """Removes the report of an earlier run and the artefacts of the networks in it; all other files stay."""
+    try:
+        rows = json.loads((folder / REPORT).read_bytes())["rows"]
+        names = [str(row["name"]) for row in rows]
+    except (OSError, ValueError, LookupError, TypeError):  # no earlier run, or a report that is not ours
+        return
+    (folder / REPORT).unlink()
+    for artefacts in (folder / name for name in names if Path(name).name == name):
+        remove_artefacts(artefacts)
+        if artefacts.is_dir() and not any(artefacts.iterdir()):
+            artefacts.rmdir()
+
+
+def remove_artefacts(folder: Path) -> None:
+    """Removes the files that an artefact folder may hold; all other files stay."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _move_into(target: Path, source: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _move_into(target / path.name, path)
+        else:
+            path.replace(target / path.name)
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"Cannot write to '{folder}': {error.strerror or error}. Expected a folder that you may write to. Choose "
+        "another one with --out."
+    )
