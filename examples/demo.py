@@ -29,9 +29,11 @@ from nni_prune_ext.deployment import (
     measurement_facts,
     result_facts,
 )
+from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.pipeline import method_spec
 from nni_prune_ext.registry import plugins
-from nni_prune_ext.report import before_after_table, markdown_table, write_report, write_text
+from nni_prune_ext.report import before_after_table, markdown_table, write_report
+from nni_prune_ext.text_files import write_text
 from nni_prune_ext.training import EpochLog
 
 CONSOLE = Console(width=160)
@@ -48,9 +50,9 @@ def main() -> None:
     size = "×".join(str(n) for n in source.input_shape)
     tell(f"{arguments.model} on {source.name}: {len(source.train)} training, {len(source.test)} test images of {size}")
     variants = [*dense_networks(model, source, arguments), *pruned_networks(model, example, source, arguments)]
-    rows, latency = compare_variants(
-        variants, out, example, test_batches=npe.split_batches(source, "test", 500), progress=tell
-    )
+    spec = ModelSpec(model=arguments.model, num_classes=source.num_classes, input_shape=(1, *source.input_shape))
+    test = npe.split_batches(source, "test", 500)
+    rows, latency = compare_variants(variants, out, example, test_batches=test, progress=tell, spec=spec)
     job = {**vars(arguments), "num_classes": source.num_classes, "input_shape": list(source.input_shape)}
     methods = {variant.name: result_facts(variant.result) for variant in variants if variant.result}
     write_report(out / "report.json", rows, {"job": job, **measurement_facts(latency), "methods": methods})

@@ -8,7 +8,7 @@ output moves with the input, and silencing moves the output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from nni_prune_ext.errors import CertificateError, ModelError
-from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
-from nni_prune_ext.graph.randomised import difference, outputs, randomised, statistics_followed
+from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, GroupMember, trace_channel_groups
+from nni_prune_ext.graph.liveness import first_order_effects
+from nni_prune_ext.graph.randomised import difference, movement, outputs, randomised, statistics_followed
 from nni_prune_ext.graph.rewrites import apply_rewrites
 from nni_prune_ext.graph.state import unchanged_globals
 from nni_prune_ext.inputs import ExampleInputs, cast_floats, random_like
@@ -33,7 +34,11 @@ _REFUSAL = (
     "The plan cannot be carried out exactly: {}. Expected the outputs of the silenced model: protect the groups that "
     "are not exact (verify_groups finds them), then plan again."
 )
-_NO_INPUT_EFFECT = "the output does not move with the input, so nothing was shown"
+_NO_INPUT_EFFECT = "the output does not move with the input (whole numbers do not count), so nothing was shown"
+_NO_REMOVAL_EFFECT = (
+    "silencing the channels does not move the output (whole numbers do not count), so nothing was shown"
+)
+_UNREAD = "no layer was seen to read these channels"
 _MORE_PROBES = 6
 """Probes added where the first ones show nothing."""
 
@@ -49,8 +54,8 @@ class Certificate:
         probes: number of random inputs, each with its own random weights.
         seed: seed of weights and inputs.
         dtype: ``float64``; ``float32`` above 150 M parameters and for models that do not run in float64.
-        input_effect: largest relative move of the output when the input changes.
-        removal_effect: largest relative move of the output when the channels are silenced.
+        input_effect: largest relative move of the continuous outputs when the input changes.
+        removal_effect: largest relative move of the continuous outputs when the channels are silenced.
     """
 
     max_relative_error: float
@@ -73,7 +78,7 @@ class Certificate:
         if not self.input_effect > self.bound:
             return _NO_INPUT_EFFECT
         if not self.removal_effect > self.bound:
-            return "silencing the channels does not move the output, so nothing was shown"
+            return _NO_REMOVAL_EFFECT
         return None
 
     def as_dict(self) -> dict[str, object]:
@@ -162,7 +167,8 @@ def verify_groups(
     """Tries every group on a copy and protects, with the reason, those whose removal fails or is not exact.
 
     About half of the channels of all groups are removed at once; only if that does not run, or is not exact, are the
-    groups halved until the culprits are found.
+    groups halved until the culprits are found. Groups that nothing reads, or that move no output when each is silenced
+    alone, are protected as well: nothing is shown about them.
 
     Returns:
         the groups, with the culprits moved to ``protected``.
@@ -178,16 +184,23 @@ def verify_groups(
     def plan_for(tried: list[str]) -> PruningPlan:
         return plan_from_channels(groups, {name: gone[name] for name in tried})
 
-    for number in range(1 + _MORE_PROBES):  # one whose output moves is enough
+    unread = {name: _UNREAD for name in names if not any(member.reads for member in groups[name].members)}
+    compared, doubtful = False, [name for name in names if name not in unread]
+    for number in range(1 + _MORE_PROBES):  # one whose output moves is enough, with each group in at least one
         with randomised_probe(model, groups.rewrites, example_inputs, seed * 1_000_003 + number) as probe:
             if not probe.input_effect > probe.bound:
                 continue
-            if names and probe.flaw(plan_for(names), groups) is not None:
+            if names and not compared and probe.flaw(plan_for(names), groups) is not None:
                 reasons |= _culprits(names, lambda tried: probe.failure(plan_for(tried), groups))
                 running = [name for name in names if name not in reasons]
                 reasons |= _culprits(running, lambda tried: probe.flaw(plan_for(tried), groups))
-            return groups.protecting(reasons)
-    return groups.protecting(reasons | dict.fromkeys(names, _NO_INPUT_EFFECT))
+            compared, tried = True, {name: plan_for([name]) for name in doubtful if name not in reasons}
+            doubtful = probe.unmoved(tried, groups)
+        if not doubtful:
+            break
+    return groups.protecting(
+        unread | reasons | dict.fromkeys(doubtful, _NO_REMOVAL_EFFECT if compared else _NO_INPUT_EFFECT)
+    )
 
 
 def _half(group: ChannelGroup, generator: torch.Generator) -> Channels:
@@ -253,10 +266,28 @@ class Probe:
         Raises:
             ModelError: the compact copy does not run.
         """
-        removed = self.removed(plan, groups)
+        removed, silent = self.removed(plan, groups), self.silent(plan, groups)
+        return max(difference(removed, silent), self.rewrite_error), movement(self.dense, silent)
+
+    def unmoved(self, plans: Mapping[str, PruningPlan], groups: ChannelGroups) -> list[str]:
+        """Returns the groups of ``plans`` (name → plan for this group alone) that move no continuous output.
+
+        One backward pass clears most of them; the others are silenced one by one.
+        """
+        readers = {name: [member for member in groups[name].members if member.reads] for name in plans}
+        read = {member.tensor for members in readers.values() for member in members}
+        effects = first_order_effects(self.twin, self.inputs, read)
+        return [
+            name
+            for name, plan in plans.items()
+            if not any(_effect(effects, member) > BOUND_FLOAT32 for member in readers[name])
+            if not movement(self.dense, self.silent(plan, groups)) > self.bound
+        ]
+
+    def silent(self, plan: PruningPlan, groups: ChannelGroups) -> list[Tensor]:
+        """Returns the outputs of the silenced copy."""
         silent_twin = silence_channels(self.twin, plan, self.inputs, groups=groups, share_others=True)
-        silent = outputs(silent_twin, self.inputs, self.dtype)
-        return max(difference(removed, silent), self.rewrite_error), difference(self.dense, silent)
+        return outputs(silent_twin, self.inputs, self.dtype)
 
     def removed(self, plan: PruningPlan, groups: ChannelGroups) -> list[Tensor]:
         """Returns the outputs of the compact copy.
@@ -319,8 +350,17 @@ def _make_probe(
     if rewrites:
         twin = apply_rewrites(twin, rewrites, inputs, share_tensors=True)
         rewrite_error = difference(outputs(twin, inputs, dtype), dense)
-    effect = difference(outputs(twin, others, dtype), dense)
+    effect = movement(dense, outputs(twin, others, dtype))
     return Probe(twin, inputs, dense, effect, rewrite_error, dtype)
+
+
+def _effect(effects: Mapping[str, Tensor], member: GroupMember) -> float:
+    found = effects.get(member.tensor)
+    if found is None:
+        return 0.0
+    others = [dim for dim in range(found.dim()) if dim != member.dim]
+    per_channel = found.sum(others) if others else found
+    return float(per_channel[torch.from_numpy(member.index).to(found.device)].abs().max())
 
 
 def _failure(error: ModelError) -> str:

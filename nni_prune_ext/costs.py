@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nni_prune_ext.inputs import ExampleInputs, call_model
+from nni_prune_ext.inputs import ExampleInputs, call_model, tensors_in
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Costs:
     params: int
     weight_bytes: int
     layers: tuple[LayerCost, ...]
+    uncounted: tuple[str, ...] = ()
+    """Functions that multiply and were called, but that the counter does not know: ``macs`` lacks them."""
 
     def as_dict(self) -> dict[str, int]:
         """Returns the three totals by target name."""
@@ -76,6 +79,7 @@ def count_costs(model: nn.Module, example_inputs: ExampleInputs) -> Costs:
         params=sum(p.numel() for p in model.parameters()),
         weight_bytes=sum(t.numel() * t.element_size() for t in tensors),
         layers=tuple(counter.layers),
+        uncounted=tuple(counter.uncounted),
     )
 
 
@@ -83,6 +87,7 @@ class _Counter(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.layers: list[LayerCost] = []
+        self.uncounted: dict[str, None] = {}
         self._names = {id(p): name for name, p in model.named_parameters()}
 
     def __torch_function__(
@@ -94,9 +99,12 @@ class _Counter(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = _COUNTERS.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        count = _COUNTERS.get(name)
         if count is not None:
             count(self, args, kwargs, result)
+        elif name in _UNCOUNTED:
+            self.uncounted[name] = None
         return result
 
     def add(self, weight: Tensor, positions: int) -> None:
@@ -112,6 +120,10 @@ class _Counter(TorchFunctionMode):
 
 def _tensor(args: tuple[object, ...], kwargs: Mapping[str, object], position: int, name: str) -> Tensor:
     return cast("Tensor", args[position] if len(args) > position else kwargs[name])
+
+
+def _second(args: tuple[object, ...], kwargs: Mapping[str, object], position: int, names: tuple[str, ...]) -> Tensor:
+    return _tensor(args, kwargs, position, next((name for name in names if name in kwargs), names[0]))
 
 
 def _convolution(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
@@ -131,7 +143,10 @@ def _linear(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object],
 
 
 def _matmul(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
-    first, second = cast("Tensor", args[0]), cast("Tensor", args[1])
+    _product(c, _tensor(args, kwargs, 0, "input"), _second(args, kwargs, 1, ("other", "mat2", "vec", "tensor")), out)
+
+
+def _product(c: _Counter, first: Tensor, second: Tensor, out: object) -> None:
     assert isinstance(out, Tensor)
     if id(second) in c._names and second.dim() == 2:
         c.add(second, first.numel() // second.shape[0])
@@ -140,7 +155,25 @@ def _matmul(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object],
 
 
 def _added_matmul(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
-    _matmul(c, args[1:], kwargs, out)
+    first = _second(args, kwargs, 1, ("mat1", "batch1", "mat"))
+    _product(c, first, _second(args, kwargs, 2, ("mat2", "batch2", "vec")), out)
+
+
+def _recurrent(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
+    x = _tensor(args, kwargs, 0, "input")
+    for weight in tensors_in(args[1:]):
+        if weight.dim() == 2:  # states have three dimensions, biases one
+            c.add(weight, x.numel() // x.shape[-1])
+
+
+def _recurrent_cell(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
+    for position, name in ((2, "w_ih"), (3, "w_hh")):
+        c.add(_tensor(args, kwargs, position, name), _tensor(args, kwargs, 0, "input").shape[0])
+
+
+def _bilinear(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
+    x, weight = _tensor(args, kwargs, 0, "input1"), _tensor(args, kwargs, 2, "weight")
+    c.add(weight, x.numel() // x.shape[-1])
 
 
 def _attention(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
@@ -167,15 +200,22 @@ def _einsum(c: _Counter, args: tuple[object, ...], kwargs: Mapping[str, object],
     equation, operands = args[0], args[1:]
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or "..." in equation or len(operands) != 2:
-        return
-    sizes: dict[str, int] = {}
-    for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands):
-        sizes |= dict(zip(letters, cast("Tensor", operand).shape))
-    macs = 1
-    for size in sizes.values():
-        macs *= size
-    c.add_product("einsum", macs)
+    if not isinstance(equation, str) or len(operands) > 2:
+        c.uncounted["einsum"] = None
+    elif len(operands) == 2:
+        sizes: dict[str, int] = {}
+        for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands):
+            shape = cast("Tensor", operand).shape
+            for letter, size in zip(_spelt_out(letters, len(shape)), shape):
+                sizes[letter] = max(size, sizes.get(letter, 1))
+        c.add_product("einsum", prod(sizes.values()))
+
+
+def _spelt_out(letters: str, dims: int) -> list[str]:
+    """Returns one name per dimension; those under an ellipsis are numbered from the right, as they broadcast."""
+    before, dots, after = letters.partition("...")
+    hidden = dims - len(before) - len(after) if dots else 0
+    return [*before, *(f"...{number}" for number in range(hidden, 0, -1)), *after]
 
 
 _COUNTERS: dict[str, Callable[[_Counter, tuple[object, ...], Mapping[str, object], object], None]] = {
@@ -195,4 +235,21 @@ _COUNTERS: dict[str, Callable[[_Counter, tuple[object, ...], Mapping[str, object
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head,
     "einsum": _einsum,
+    "mv": _matmul,
+    "dot": _matmul,
+    "addmv": _added_matmul,
+    "bilinear": _bilinear,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
+    "lstm_cell": _recurrent_cell,
+    "gru_cell": _recurrent_cell,
+    "rnn_tanh_cell": _recurrent_cell,
+    "rnn_relu_cell": _recurrent_cell,
 }
+
+_UNCOUNTED = frozenset(
+    {"tensordot", "inner", "outer", "ger", "addr", "addbmm", "chain_matmul", "linalg_multi_dot", "linalg_matmul"}
+    | {"linalg_vecdot", "vdot", "kron", "cdist", "__rmatmul__"}
+)

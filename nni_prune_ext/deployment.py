@@ -1,7 +1,7 @@
 """From a compact model to artefacts: plan, weights, checked ONNX, accuracy and latency on the runtimes.
 
-An artefact folder holds ``plan.json``, ``model.safetensors``, ``model.onnx`` and, where known, ``model.json``; the compact
-PyTorch model is rebuilt from the original model code with ``load_pruned``.
+An artefact folder holds ``plan.json``, ``model.safetensors``, ``model.onnx`` and, where known, ``model.json``; the
+compact PyTorch model is rebuilt from the original model code with ``load_pruned``.
 """
 
 from __future__ import annotations
@@ -308,6 +308,7 @@ def result_facts(result: PruneResult) -> dict[str, object]:
         "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
         "rewrites": list(result.groups.rewrites),
         "unreached": list(result.groups.unreached),
+        "value_dependent": list(result.groups.value_dependent),
         "facts": dict(result.outcome.facts),
         "epochs": [vars(log) for log in result.logs],
     }

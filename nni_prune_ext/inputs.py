@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
+from numbers import Number
 from typing import TypeAlias, cast
 
 import torch
@@ -51,15 +53,35 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     """Yields every tensor inside nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    else:
+        for item in _items(value) or ():
             yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for part in fields(value):
-            yield from tensors_in(getattr(value, part.name))
+
+
+def opaque_in(value: object) -> Iterator[object]:
+    """Yields everything inside ``value`` that ``tensors_in`` cannot look into although it may hold tensors."""
+    if value is None or isinstance(value, _PLAIN):
+        return
+    items = _items(value)
+    if items is None:
+        yield value
+    else:
+        for item in items:
+            yield from opaque_in(item)
+
+
+_PLAIN = (Tensor, Number, str, bytes, Enum, torch.dtype, torch.device)
+
+
+def _items(value: object) -> Iterable[object] | None:
+    """Returns what a container holds, ``None`` where ``value`` is no container that is walked."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, part.name) for part in fields(value)]
+    return None
 
 
 def map_tensors(value: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:

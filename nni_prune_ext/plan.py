@@ -6,7 +6,6 @@ channels hang together differently.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nni_prune_ext.errors import OutputError, PlanError
+from nni_prune_ext.errors import PlanError
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, GroupMember, root_name
 from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.text_files import write_text
 
 FORMAT = 1
 Channels = NDArray[np.bool_]
@@ -83,7 +83,8 @@ class PruningPlan(BaseModel):
                 )
             if root in later.removed:
                 removed[root] = tuple(sorted(gone | {kept[c] for c in later.removed[root]}))
-        return self.model_copy(update={"removed": removed, "rewrites": self.rewrites + later.rewrites})
+        rewrites = tuple(dict.fromkeys(self.rewrites + later.rewrites))
+        return self.model_copy(update={"removed": removed, "rewrites": rewrites})
 
     def to_json(self) -> str:
         """Returns the plan as JSON, the same text for the same plan."""
@@ -112,19 +113,7 @@ class PruningPlan(BaseModel):
         Raises:
             OutputError: the file cannot be written.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as handle:
-                handle.write(self.to_json())
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(
-                f"Cannot write the plan to '{path}': {error.strerror}. Expected a path in an existing folder; choose "
-                "one that you may write to."
-            ) from error
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:

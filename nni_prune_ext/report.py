@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nni_prune_ext.text_files import write_text as write_text  # the demo takes it from here
+from nni_prune_ext.text_files import write_text
 
 
 @dataclass(frozen=True)

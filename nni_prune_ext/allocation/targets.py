@@ -40,7 +40,7 @@ class Target:
         """Reads ``metric=value`` with an optional k, M or G, for example ``macs=0.5`` or ``params=1.2M``.
 
         Raises:
-            TargetError: it is not of that form or out of range.
+            TargetError: it is not of that form, out of range, or neither a share nor a plausible absolute number.
         """
         match = re.fullmatch(
             r"\s*(macs|params|memory|ratio)\s*=\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kKmMgG]?)\s*", text
@@ -59,24 +59,25 @@ class Target:
             ) from error
         target = cls(cast("Metric", match[1]), value)
         target.check()
+        if 1 < value < _SMALLEST_ABSOLUTE and not match[3]:
+            raise TargetError(
+                f"The target {target} is out of range: above 1 it is an absolute number, and hardly a network is that "
+                f"small. Did you mean a share like 0.5? If not, write the number in thousands: "
+                f"{target.metric}={value / 1000:g}k."
+            )
         return target
 
     def check(self) -> None:
         """Refuses values out of range.
 
         Raises:
-            TargetError: not positive, a ratio of 1 or more, or neither a share nor a plausible absolute number.
+            TargetError: not positive, or a ratio of 1 or more.
         """
         if not self.value > 0 or (self.metric == "ratio" and self.value >= 1) or not math.isfinite(self.value):
             span = (
                 "above 0 and below 1" if self.metric == "ratio" else "above 0: a share up to 1, or an absolute number"
             )
             raise TargetError(f"The target {self} is out of range. Expected a value {span}.")
-        if 1 < self.value < _SMALLEST_ABSOLUTE:
-            raise TargetError(
-                f"The target {self} is out of range: above 1 it is an absolute number, and no network is that small. "
-                f"Expected a share up to 1, or at least {_SMALLEST_ABSOLUTE}. Did you mean a share like 0.5?"
-            )
 
     def bound(self, dense: float) -> float:
         """Returns the bound in the metric's own unit, given the dense model's value."""

@@ -85,14 +85,13 @@ def open_job(
 
 
 def tell_what_is_not_pruned(groups: ChannelGroups) -> None:
-    """Prints what the trace did not see: parameters without use, and branches that the values decide."""
+    """Prints what the trace did not see: parameters without use, and branches on values."""
     if groups.unreached:
         typer.echo(f"not reached by the forward pass, left as they are: {', '.join(groups.unreached)}")
-    branches = getattr(groups, "value_dependent", ())
-    if branches:
+    if groups.value_dependent:
         typer.echo(
-            "warning: the forward pass branches on values, so other inputs may take other paths than the example did: "
-            + ", ".join(str(branch) for branch in branches),
+            f"warning: the forward pass reads values of tensors ({', '.join(groups.value_dependent)}); if it branches "
+            "on them, only the branch that the example input took is known to be exact",
             err=True,
         )
 

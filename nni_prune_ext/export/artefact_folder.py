@@ -56,8 +56,9 @@ class ModelSpec(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise ModelError(
-                f"'{path}' is not a usable model specification ({error}). Expected what `nni-prune-ext prune` writes. "
+                f"'{path}' is not a usable model specification ({reason}). Expected what `nni-prune-ext prune` writes. "
                 "Delete it and give --num-classes and --input-shape instead."
             ) from error
 

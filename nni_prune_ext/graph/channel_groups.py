@@ -19,9 +19,10 @@ from torch import nn
 from nni_prune_ext.errors import TraceError
 from nni_prune_ext.graph import rules_elementwise, rules_layers, rules_movement  # noqa: F401 (they register rules)
 from nni_prune_ext.graph.label_book import LabelBook, Role
+from nni_prune_ext.graph.model_copy import copy_model
 from nni_prune_ext.graph.rewrites import apply_rewrites, find_rewrites
 from nni_prune_ext.graph.state import untouched
-from nni_prune_ext.graph.tracing import Trace, trace_channels
+from nni_prune_ext.graph.tracing import Trace, refuse_untraceable, trace_channels
 from nni_prune_ext.inputs import ExampleInputs
 
 Indices = NDArray[np.int64]
@@ -98,6 +99,8 @@ class ChannelGroups:
             the same one take the same plans.
         rewrites: names of modules that are exactly rewritten before channels are removed.
         unreached: parameters that the forward pass never used; they stay as they are.
+        value_dependent: calls that turn values of tensors into Python values. If the forward pass branches on them,
+            only the branch taken is covered.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -106,6 +109,7 @@ class ChannelGroups:
     fingerprint: str = ""
     rewrites: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    value_dependent: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         """Iterates over the prunable groups."""
@@ -144,7 +148,8 @@ class ChannelGroups:
 def trace_channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGroups:
     """Finds the channel groups of a model from one forward pass in evaluation mode.
 
-    The model is left as it was: mode, hooks, gradients, buffers, random state, ``requires_grad`` and memory format.
+    The model is left as it was: mode, hooks, attributes, gradients, buffers, random state, ``requires_grad`` and memory
+    format; a copy that shares its tensors is run.
     Frozen models trace like others. Channels that reach the model's output, that meet something not understood, or that
     a known mixing operation reduces over, are protected, with the reason.
 
@@ -153,10 +158,12 @@ def trace_channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> Cha
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; a batch of 1 will do.
 
     Raises:
-        ModelError: the model does not run on the example inputs.
-        TraceError: the model returns no tensor or writes no channels.
+        ModelError: the model does not run on the example inputs, or cannot be copied.
+        TraceError: the model returns no tensor or something opaque, writes no channels, is compiled or has no data.
     """
+    refuse_untraceable(model)
     with untouched(model):
+        model = copy_model(model, share_others=True)
         trace = trace_channels(model, example_inputs)
         rewrites = find_rewrites(model, tuple(trace.channel_pads), example_inputs)
         if not rewrites:
@@ -186,6 +193,7 @@ def _collect(model: nn.Module, trace: Trace, rewrites: tuple[str, ...]) -> Chann
         fingerprint=_fingerprint(shapes, rewrites, groups),
         rewrites=rewrites,
         unreached=unreached,
+        value_dependent=tuple(trace.value_dependent),
     )
 
 

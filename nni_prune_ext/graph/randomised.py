@@ -85,7 +85,7 @@ def outputs(model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype) -> list
     """
     torch.set_default_dtype(dtype)
     seed_generators(0)
-    with torch.no_grad(), _Precision(dtype):
+    with torch.no_grad(), Precision(dtype):
         return list(tensors_in(call_model(model, inputs)))
 
 
@@ -97,6 +97,21 @@ def difference(first: list[Tensor], second: list[Tensor]) -> float:
     if len(first) != len(second):
         return math.inf
     return max((_relative(a, b) for a, b in zip(first, second)), default=0.0)
+
+
+def movement(first: list[Tensor], second: list[Tensor]) -> float:
+    """Returns the same over those outputs only that are continuous in ``first``; 0 where none is."""
+    chosen = [index for index, tensor in enumerate(first) if continuous(tensor)]
+    if len(first) != len(second):
+        return math.inf if chosen else 0.0
+    return difference([first[index] for index in chosen], [second[index] for index in chosen])
+
+
+def continuous(tensor: Tensor) -> bool:
+    """Says whether a tensor holds more than whole numbers: classes, counts and flags hide what leads to them."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.is_floating_point() and bool((tensor != tensor.round()).any())
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -145,7 +160,7 @@ def _random_values(module: nn.Module, key: str, shape: tuple[int, ...], draw: _N
     return normal.abs_().clamp_(max=2.0).div_(2).add_(0.5)
 
 
-class _Precision(TorchFunctionMode):
+class Precision(TorchFunctionMode):
     """Turns every cast to a floating-point type into one to ``dtype``, so that no step rounds more than the others."""
 
     def __init__(self, dtype: torch.dtype) -> None:

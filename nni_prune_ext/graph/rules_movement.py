@@ -178,7 +178,7 @@ def _pad(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, ou
 
 @rule("pixel_shuffle")
 def _pixel_shuffle(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
-    labels = t.labels_of(cast("Tensor", args[0]))
+    labels = t.labels_of(_source(args, kwargs)[0])
     if labels is None:
         _clear(t, out)
         return
@@ -190,7 +190,7 @@ def _pixel_shuffle(t: ChannelTracer, func: Function, args: Arguments, kwargs: Ke
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
-    labels = t.labels_of(cast("Tensor", args[0]))
+    labels = t.labels_of(_source(args, kwargs)[0])
     if labels is None:
         _clear(t, out)
         return
@@ -202,7 +202,7 @@ def _channel_shuffle(t: ChannelTracer, func: Function, args: Arguments, kwargs: 
 
 @rule("glu")
 def _glu(t: ChannelTracer, func: Function, args: Arguments, kwargs: Keywords, out: object) -> None:
-    labels = t.labels_of(cast("Tensor", args[0]))
+    labels = t.labels_of(_source(args, kwargs)[0])
     if labels is None:
         _clear(t, out)
         return

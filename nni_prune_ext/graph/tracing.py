@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from nni_prune_ext.errors import TraceError
 from nni_prune_ext.graph.label_book import LabelBook, Labels, Role
 from nni_prune_ext.graph.model_copy import named_tensors
-from nni_prune_ext.inputs import ExampleInputs, call_model, tensors_in
+from nni_prune_ext.inputs import ExampleInputs, call_model, opaque_in, tensors_in
 
 Arguments = tuple[object, ...]
 Keywords = Mapping[str, object]
@@ -33,6 +33,18 @@ RULES: dict[str, Rule] = {}
 
 WRITES = frozenset({"__setitem__", "copy_", "index_put_", "masked_scatter_", "scatter_", "index_add_", "index_copy_"})
 """Functions that write into a part of a tensor: all channels that take part are protected."""
+
+
+READERS = frozenset(
+    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+    | {"linear", "embedding", "channel_select"}
+)
+"""Functions whose second argument is a weight: the one use in which zero columns are the same as missing ones."""
+
+VALUES = frozenset(
+    {"__bool__", "item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__"}
+)
+"""Functions that turn a tensor into Python values, on which the forward pass may branch."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -56,12 +68,16 @@ class Trace:
     """Innermost modules that append constant channels to written ones."""
     visited: set[str] = field(default_factory=set)
     """Names of the tensors that took part in the forward pass."""
+    other_uses: dict[str, str] = field(default_factory=dict)
+    """Parameter or buffer → how it is used other than as the weight of a layer."""
+    value_dependent: dict[str, None] = field(default_factory=dict)
+    """Where values of activations, inputs or parameters become Python values."""
 
 
 class ChannelTracer(TorchFunctionMode):
     """Follows channel labels; use :func:`trace_channels`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         super().__init__()
         self.trace = Trace(LabelBook())
         self._tensors = dict(named_tensors(model))  # held, so that no id is used again
@@ -69,6 +85,9 @@ class ChannelTracer(TorchFunctionMode):
         self._labels: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._stack: list[str] = []
+        self._derived: dict[int, weakref.ref[Tensor]] = {}
+        for tensor in [*model.parameters(), *tensors_in(example_inputs)]:
+            self._derived[id(tensor)] = weakref.ref(tensor)
 
     # -- where we are ------------------------------------------------------------------------------------------
 
@@ -179,14 +198,51 @@ class ChannelTracer(TorchFunctionMode):
         if name in WRITES:
             self.freeze_arguments(given, f"{self.place} writes into a part of a tensor")
         result = func(*args, **kwargs)
+        made = list(tensors_in(result))
+        self._note_values(name, given, made)
+        self._note_other_uses(name, given, made, argument(args, kwargs, 1, "weight") if name in READERS else None)
         if handler is not None:
-            handler(self, func, args, kwargs, result)
-        elif any(True for _ in tensors_in(result)):
+            self._apply(handler, name, (func, args, kwargs, result))
+        elif made:
             self.freeze_arguments(given, f"'{name}' in {self.place} is not followed")
-            for tensor in tensors_in(result):
+            for tensor in made:
                 if not any(tensor is argument for argument in given):
                     self.set_labels(tensor, None)
         return result
+
+    def _apply(self, handler: Rule, name: str, call: tuple[Callable[..., object], Arguments, Keywords, object]) -> None:
+        place = self.place
+        try:
+            handler(self, *call)
+        except Exception as error:
+            raise TraceError(
+                f"The call of '{name}' in {place} cannot be followed: {type(error).__name__}: "
+                f"{(str(error).splitlines() or [''])[0]}. Expected a call that the rule for '{name}' understands. "
+                "Report this call, and write it in another way meanwhile."
+            ) from error
+
+    def _note_values(self, name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """Follows what derives from inputs and parameters, and notes where it becomes a Python value."""
+        owners = (self._derived.get(id(tensor)) for tensor in given)
+        if not any(owner is not None and owner() is tensor for owner, tensor in zip(owners, given)):
+            return
+        for tensor in made:
+            self._derived[id(tensor)] = weakref.ref(tensor)
+        if name in VALUES:
+            place = self.place
+            self.trace.value_dependent[f"'{name}' in {place}"] = None
+
+    def _note_other_uses(self, name: str, given: Sequence[Tensor], made: Sequence[Tensor], weight: object) -> None:
+        for tensor in given:
+            own = self.name_of(tensor)
+            if own is not None and tensor is not weight and made and not any(tensor is result for result in made):
+                self.trace.other_uses.setdefault(own, f"'{own}' is also used by '{name}' in {self.place}")
+
+    def freeze_readers_used_elsewhere(self) -> None:
+        """Protects what a weight reads if it is used otherwise too: zeros in it are then not the same as a cut."""
+        for (name, _), entry in self.book.entries.items():
+            if name in self.trace.other_uses and (entry.role is Role.CONSUMER or entry.also_reads):
+                self.book.freeze(entry.labels, self.trace.other_uses[name])
 
     def replay(self, func: Callable[..., object], labels: object, *args: object, **kwargs: object) -> object:
         """Executes a call that only moves data on labels; ``None``, and frozen, where it does not run on integers."""
@@ -227,9 +283,9 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
 
     Raises:
         ModelError: the forward pass raised.
-        TraceError: the model returned no tensor.
+        TraceError: the model returned no tensor, or something that may hide one.
     """
-    tracer = ChannelTracer(model)
+    tracer = ChannelTracer(model, example_inputs)
     with torch.no_grad(), tracer.module_stack(), tracer:
         output = call_model(model, example_inputs)
     tensors = list(tensors_in(output))
@@ -238,9 +294,36 @@ def trace_channels(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
             f"{type(model).__name__} returned {type(output).__name__} without a tensor, so its channels cannot be "
             "followed. Wrap it in a module that returns a tensor, or a tuple, list or dict of tensors."
         )
+    for hidden in opaque_in(output):
+        raise TraceError(
+            f"{type(model).__name__} returned a {type(hidden).__name__}, which may hide tensors, expected tensors, "
+            "plain values, and tuples, lists, mappings and dataclasses of these. Wrap the model in a module that "
+            "returns these."
+        )
     for tensor in tensors:
         tracer.freeze(tracer.labels_of(tensor), "reaches the model's output")
+    tracer.freeze_readers_used_elsewhere()
     return tracer.trace
+
+
+def refuse_untraceable(model: nn.Module) -> None:
+    """Refuses models whose calls or values cannot be seen.
+
+    Raises:
+        TraceError: a module is compiled, or a tensor has no data.
+    """
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise TraceError(
+                f"{repr(name) if name else 'The model'} is compiled (torch.compile), expected modules whose calls can "
+                "be intercepted. Pass the original module (its _orig_mod), and compile the compact one."
+            )
+    for name, tensor in named_tensors(model):
+        if tensor.is_meta:
+            raise TraceError(
+                f"'{name}' is on the meta device and has no values, expected tensors with data. Call "
+                "model.to_empty(device='cpu') and load weights first."
+            )
 
 
 def spread(vector: Labels, dim: int, shape: Sequence[int]) -> Tensor:

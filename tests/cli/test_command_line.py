@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import nni_prune_ext as npe
+from nni_prune_ext.cli.job import tell_what_is_not_pruned
 from nni_prune_ext.deployment import load_pruned
+from nni_prune_ext.graph.channel_groups import ChannelGroups
 
 SMALL = ["--input-shape", "1,3,16,16"]
 
@@ -92,11 +94,42 @@ def test_prune_writes_artefacts_that_rebuild_the_same_network(tmp_path):
     found_outputs = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: example[0].numpy()})[0])
     torch.testing.assert_close(found_outputs, expected, rtol=1e-4, atol=1e-4)
 
+    again = run("export", "resnet20", "--artefact", "out/l1", "--out", "again.onnx", cwd=tmp_path)
+    assert 0 == again.returncode, again.stderr
+    shape = onnx.load(tmp_path / "again.onnx").graph.input[0].type.tensor_type.shape
+    assert [1, 16, 16] == [size.dim_value for size in shape.dim[1:]]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    refused = run("prune", "resnet20", *SMALL, "--target", "macs=0.5", "--out", "out", cwd=tmp_path)
+    assert 2 == refused.returncode
+    assert "--overwrite" in refused.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+    other = run(
+        "prune",
+        "resnet20",
+        *SMALL,
+        "--target",
+        "macs=0.5",
+        "--method",
+        "l2",
+        "--out",
+        "out",
+        "--overwrite",
+        cwd=tmp_path,
+    )
+    assert 0 == other.returncode, other.stderr
+    assert ["dense", "l2", "report.json"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+
 
 MISTAKES = {
     "unknown method": (
         ["prune", "resnet20", "--method", "tailor", "--target", "macs=0.5", "--out", "out"],
         "Did you mean 'taylor'",
+    ),
+    "unknown method with a short name": (
+        ["prune", "resnet20", "--method", "l3", "--target", "macs=0.5", "--out", "out"],
+        "Did you mean 'l2' or 'l1'?",
     ),
     "unknown schedule": (
         ["prune", "resnet20", "--option", "schedule=apg", "--target", "macs=0.5", "--out", "out", *SMALL],
@@ -109,6 +142,17 @@ MISTAKES = {
     "unknown model": (["plan", "resnet21"], "id you mean"),
     "unknown model of torchvision": (["plan", "torchvision:resnet51"], "id you mean"),
     "target out of range": (["prune", "resnet20", "--target", "ratio=1.5", "--out", "out"], "out of range"),
+    "target below 0": (["prune", "resnet20", "--target", "macs=-1", "--out", "out"], "out of range"),
+    "target neither a share nor a number of MACs": (
+        ["prune", "resnet20", "--target", "macs=1.5", "--out", "out"],
+        "Did you mean a share like 0.5?",
+    ),
+    "learning rate of 0": (
+        ["prune", "resnet20", "--target", "macs=0.5", "--learning-rate", "0", "--out", "out"],
+        "learning_rate=0",
+    ),
+    "factory that raises": (["plan", "broken_models:fails"], "RuntimeError: no such block"),
+    "factory without its number of classes": (["plan", "broken_models:sized"], "--num-classes"),
     "unreadable target": (["prune", "resnet20", "--target", "flops=0.5", "--out", "out"], "Cannot read the target"),
     "infeasible target": (["prune", "resnet20", *SMALL, "--target", "macs=0.001", "--out", "out"], "cannot be met"),
     "infeasible with limits": (
@@ -159,6 +203,7 @@ MISTAKES = {
     "model that does not run": (["plan", "broken_models:raises"], "'inner.bad'"),
     "model that writes no channels": (["plan", "broken_models:no_layers"], "No layer of"),
     "example inputs do not fit": (["plan", "resnet20", "--input-shape", "1,3,0,8"], "input shape"),
+    "example inputs without height and width": (["plan", "resnet20", "--input-shape", "1,3"], "N,C,H,W"),
     "example inputs of a wrong width": (
         ["plan", "vgg16_bn", "--input-shape", "1,3,8,8"],
         "does not run on the example inputs",
@@ -198,6 +243,22 @@ def raises():
 
 def no_layers():
     return nn.ReLU()
+
+def fails():
+    raise RuntimeError("no such block")
+
+def sized(num_classes):
+    return nn.Conv2d(3, num_classes, 1)
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.unused, self.last = nn.Conv2d(3, 4, 3), nn.Linear(2, 2), nn.Conv2d(4, 2, 3)
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+def unused_layer():
+    return Unused()
 """
 
 
@@ -226,3 +287,38 @@ def test_a_mistake_is_one_clear_message_with_exit_code_2_and_nothing_written(mis
     assert found.stderr.startswith("error: ")
     assert "Traceback" not in found.stderr
     assert before == sorted(path.name for path in workplace.iterdir() if path.name != "__pycache__")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--epochs", "-1"),
+        ("--batch-size", "0"),
+        ("--image-size", "0"),
+        ("--limit-images", "0"),
+        ("--num-classes", "0"),
+        ("--seed", "-1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_the_name_of_its_option(option, value, tmp_path):
+    found = run("prune", "resnet20", "--target", "macs=0.5", "--out", "out", option, value, cwd=tmp_path)
+
+    assert 2 == found.returncode
+    assert f"Invalid value for '{option}'" in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_the_forward_pass_does_not_reach_are_named_by_plan_and_prune(workplace, tmp_path):
+    plan = run("plan", "broken_models:unused_layer", *SMALL, cwd=workplace)
+    out = str(tmp_path / "out")
+    prune = run("prune", "broken_models:unused_layer", *SMALL, "--target", "macs=0.6", "--out", out, cwd=workplace)
+
+    for found in (plan, prune):
+        assert 0 == found.returncode, found.stderr
+        assert "not reached by the forward pass, left as they are: unused.weight, unused.bias" in found.stdout
+
+
+def test_branches_on_values_are_a_warning(capsys):
+    tell_what_is_not_pruned(ChannelGroups((), (), {}, value_dependent=("'item' in block.gate",)))
+
+    assert "warning: the forward pass reads values of tensors ('item' in block.gate)" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_weight_masks_are_cut_like_the_model(bench: Bench) -> None:
         "masks", "one sentence", "none", NoOptions, lambda _: Masks(), products=frozenset({"weight_masks"})
     )
 
-    result = pruned(bench, method=spec, target=[])
+    result = pruned(bench, method=spec, target="macs=1")
 
     assert result.outcome.weight_masks is not None
     mask = result.outcome.weight_masks["inside.0.weight"]
@@ -217,7 +217,7 @@ def test_the_method_is_told_about_the_last_cut_too_and_leaves_nothing_on_the_res
 
     spec = MethodSpec("told", "one sentence", "none", NoOptions, lambda _: Told())
 
-    result = pruned(bench, method=spec, target=[])
+    result = pruned(bench, method=spec, target="macs=1")
 
     assert [(14, 2)] == told
     assert [] == traces_on(result.model) + traces_on(result.removed_only)
@@ -286,3 +286,22 @@ def test_groups_from_an_earlier_call_save_the_trace_and_give_the_same(bench: Ben
 
     assert traced.fingerprint == bench.groups.fingerprint
     assert prune(copy.deepcopy(bench.model), bench.example, target="macs=0.6").plan == pruned(bench).plan
+
+
+def test_no_target_and_negative_recovery_are_refused(bench: Bench) -> None:
+    with pytest.raises(TargetError, match="No target was given"):
+        pruned(bench, target=[])
+    with pytest.raises(ConfigError, match="recover_epochs is -1"):
+        pruned(bench, recover_epochs=-1)
+
+
+@pytest.mark.parametrize("text", ["macs=1.5", "params=2", "memory=999"])
+def test_a_target_between_a_share_and_a_plausible_number_is_refused(text: str) -> None:
+    with pytest.raises(TargetError, match=r"Did you mean a share like 0\.5"):
+        parse_targets(text)
+    assert 500 == parse_targets("macs=0.5k")[0].value
+
+
+def test_a_negative_target_is_out_of_range_not_unreadable() -> None:
+    with pytest.raises(TargetError, match="macs=-1 is out of range"):
+        parse_targets("macs=-1")

@@ -79,6 +79,14 @@ def test_a_later_plan_counts_in_the_channels_that_the_first_one_left() -> None:
     assert (first.widths, first.fingerprint) == (both.widths, both.fingerprint)
 
 
+def test_two_plans_with_the_same_rewrites_name_them_once() -> None:
+    groups = traced("option_a")
+    first, second = plan_from_channels(groups, {}), plan_from_channels(groups, {groups.groups[0].name: [0]})
+
+    assert len(groups.rewrites) > 0
+    assert groups.rewrites == first.then(second).rewrites
+
+
 def test_protecting_groups_does_not_make_it_another_model(chain: ChannelGroups) -> None:
     protected = chain.protecting({"2.0": "asked for"})
 

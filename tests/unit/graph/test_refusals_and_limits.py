@@ -113,7 +113,7 @@ BRANCHES: dict[str, Callable[[Pair, Tensor], object]] = {
     "item": lambda m, h: h.sum().item(),
     "__float__": lambda m, h: float(h.amax()),
     "__int__": lambda m, h: int(h.amax()),
-    "__index__": lambda m, h: [0] * 2000 and range(3)[h.argmax().clamp(max=1)],
+    "__index__": lambda m, h: range(3)[h.argmax().clamp(max=1)],
     "tolist": lambda m, h: h[0, 0].tolist(),
     "numpy": lambda m, h: h.detach().numpy(),
 }
@@ -127,10 +127,8 @@ def test_values_that_leave_the_tensors_are_reported(name: str) -> None:
         return m.last(h)
 
     groups = trace_channel_groups(Pair(forward), IMAGE)
-    plain = trace_channel_groups(Pair(lambda m, x: m.last(m.first(x))), IMAGE)
 
     assert (f"'{name}' in the model's own forward",) == groups.value_dependent
-    assert plain.fingerprint == groups.fingerprint or name in ("__index__", "tolist")
 
 
 def test_values_of_constants_are_not_reported() -> None:

@@ -25,6 +25,15 @@ def fixed():
 
 def not_a_model():
     return "a string"
+
+def needs_classes(num_classes):
+    return nn.Linear(2, num_classes)
+
+def needs_depth(depth, num_classes=10):
+    return nn.Linear(depth, num_classes)
+
+def fails(num_classes=10):
+    raise KeyError("block")
 """
 
 
@@ -166,3 +175,24 @@ def test_a_download_without_network_is_explained(monkeypatch: pytest.MonkeyPatch
 def test_published_weights_with_another_number_of_classes_are_refused() -> None:
     with pytest.raises(WeightsError, match="expected value 1000 but got 7"):
         build_model("torchvision:squeezenet1_1", num_classes=7, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("needs_classes", "missing a required argument: 'num_classes'.*--num-classes"),
+        ("needs_depth", "missing a required argument: 'depth'"),
+        ("fails", "failed on .*KeyError: 'block'"),
+    ],
+)
+def test_a_factory_that_cannot_be_called_or_raises_is_named_with_the_cause(
+    factories: str, name: str, message: str
+) -> None:
+    with pytest.raises(ModelError, match=f"'{factories}:{name}'.*{message}") as caught:
+        build_model(f"{factories}:{name}")
+
+    assert caught.value.__cause__ is not None
+
+
+def test_a_factory_that_needs_the_number_of_classes_gets_it(factories: str) -> None:
+    assert 7 == build_model(f"{factories}:needs_classes", num_classes=7).get_parameter("bias").numel()
