@@ -99,8 +99,8 @@ def remove_channels(
     """Removes the planned channels from a copy of the model and certifies that this is exact.
 
     Args:
-        groups: the traced groups, to save a second trace.
-        certify: ``False`` skips the proof; ``Removal.certificate`` is then ``None``.
+        groups: the verified groups, to save trace and trial; ``None`` traces, and tries every group as ``verify_groups``.
+        certify: ``False`` skips trial and proof; ``Removal.certificate`` is then ``None``.
 
     Returns:
         the removal with its certificate; the given model is not changed.
@@ -109,7 +109,10 @@ def remove_channels(
         PlanError: the plan was made for another model.
         CertificateError: removal is not exact; nothing is returned.
     """
-    groups = groups or trace_channel_groups(model, example_inputs)
+    if groups is None:
+        groups = trace_channel_groups(model, example_inputs)
+        if certify and plan.num_removed:
+            _refuse_protected(plan, groups, verify_groups(model, example_inputs, groups, seed=seed))
     removal = cut_channels(model, plan, example_inputs, groups=groups)
     if not certify or not plan.num_removed:
         return removal
@@ -118,6 +121,15 @@ def remove_channels(
     if flaw is not None:
         raise CertificateError(_REFUSAL.format(flaw))
     return removal.certified(certificate)
+
+
+def _refuse_protected(plan: PruningPlan, traced: ChannelGroups, verified: ChannelGroups) -> None:
+    """Refuses a plan that cuts a group which did not stand its trial."""
+    open_names = {group.name for group in verified}
+    reasons = {protected.root: protected.reason for protected in verified.protected}
+    for group in traced:
+        if group.name not in open_names and any(plan.removed.get(root) for root in group.roots):
+            raise CertificateError(_REFUSAL.format(f"'{group.name}': {reasons.get(group.name, 'not exact')}"))
 
 
 def certify_plan(

@@ -330,3 +330,22 @@ def test_outputs_that_are_not_continuous_prove_nothing(last: Callable[[Tensor], 
     assert not proof.exact
     assert "nothing was shown" in str(proof.flaw())
     assert 0 == len(verified)
+
+
+def test_removal_without_verified_groups_refuses_a_group_about_which_nothing_can_be_shown() -> None:
+    class DeadBranch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live, self.dead, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+            self.reader = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.live(x).relu() + 0.0 * self.reader(self.dead(x).relu())
+            return self.head(hidden.mean((2, 3)))
+
+    model, images = DeadBranch().eval(), torch.randn(1, 3, 4, 4)
+    groups = trace_channel_groups(model, images)
+    plan = plan_from_channels(groups, {"live": [0, 1], "dead": [2, 3]})
+
+    with pytest.raises(CertificateError, match="'dead'"):
+        remove_channels(model, plan, images)
