@@ -99,7 +99,7 @@ def remove_channels(
     """Removes the planned channels from a copy of the model and certifies that this is exact.
 
     Args:
-        groups: the verified groups, to save trace and trial; ``None`` traces, and tries every group as ``verify_groups``.
+        groups: the verified groups, to save trace and trial; ``None`` traces, and tries every group first.
         certify: ``False`` skips trial and proof; ``Removal.certificate`` is then ``None``.
 
     Returns:

@@ -232,7 +232,7 @@ def test_errors_name_what_was_wrong_seen_expected_and_what_to_do(chain: ChannelG
         (TraceError, r"no prunable channel group 'nowhere'.*Run", lambda: plan_from_channels(chain, {"nowhere": [0]})),
         (
             OutputError,
-            r"Cannot write the plan to .*Expected a path.*choose",
+            r"Cannot write .*p.json.*Expected a file name.*Choose",
             lambda: plan.save(tmp_path / "no" / "p.json"),
         ),
         (PlanError, r"Cannot read a pruning plan from .*Give the path", lambda: PruningPlan.load(tmp_path / "no.json")),
