@@ -1,7 +1,8 @@
 """The exception tree: everything that a user can cause is a subclass of NniPruneExtError.
 
 Every message has four parts: what was wrong, the value seen, what was expected, what to do next. The command
-line prints the message without a traceback and leaves with exit code 2.
+line prints the message without a traceback and leaves with exit code 2 (1 where the work itself failed honestly:
+CertificateError, ParityError, TrainingError).
 
     NniPruneExtError
     ├── UnknownPluginError   a pruner, scheduler or runtime name that nobody registered
@@ -17,6 +18,10 @@ line prints the message without a traceback and leaves with exit code 2.
     ├── ExportError          a model that cannot be written as ONNX
     │   └── ParityError      an ONNX file whose outputs differ from PyTorch's
     ├── RuntimeUnavailableError   a runtime that cannot be used here, or that fell back silently
+    ├── TrainingError        training that cannot go on: a loss that is no number, no memory left, a loader that raised
+    ├── CheckpointError      checkpoints of another job, or none that can be read
+    ├── RecipeError          a recipe with an unknown, missing or conflicting key
+    ├── ArtefactError        an artefact folder with a damaged or foreign part
     └── OutputError          a place that cannot be written to
 """
 
@@ -77,6 +82,22 @@ class ParityError(ExportError):
 
 class RuntimeUnavailableError(NniPruneExtError):
     """A runtime cannot be used on this machine, or fell back to another provider."""
+
+
+class TrainingError(NniPruneExtError):
+    """Training cannot go on: the loss is no number, memory ran out, or the data loader raised."""
+
+
+class CheckpointError(NniPruneExtError):
+    """Checkpoints belong to another job, or none of them can be read."""
+
+
+class RecipeError(NniPruneExtError):
+    """A recipe has a key that is unknown, missing, out of range or in conflict with another one."""
+
+
+class ArtefactError(NniPruneExtError):
+    """An artefact folder lacks a part, or a part is damaged or foreign."""
 
 
 class OutputError(NniPruneExtError):
