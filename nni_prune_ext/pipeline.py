@@ -6,7 +6,7 @@ groups → method → plan → certified removal → recovery. Deployment (ONNX,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nni_prune_ext.allocation import Achieved, CostModel, Limits, Reference, Scope, Target, check_feasible
 from nni_prune_ext.certificate import Certificate, certify_plan, remove_channels, verify_groups
+from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
 from nni_prune_ext.costs import Costs, count_costs
 from nni_prune_ext.errors import CertificateError, ConfigError, PluginError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
@@ -26,16 +27,20 @@ from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.surgery import slice_state
 from nni_prune_ext.training import (
     Batches,
+    Distillation,
     EpochLog,
+    Evaluate,
     LossFunction,
     MethodRun,
     TrainingSettings,
+    Watcher,
     cross_entropy,
+    distilled,
     drive,
     fit,
     recalibrate_batchnorm,
-    seeded,
 )
+from nni_prune_ext.training.processes import own_device
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class PruneResult:
         logs: one entry per training epoch of method and recovery.
         method: name of the method.
         seed: of everything random.
+        notes: numbers that the method logged, each with the ``progress`` (0–1) at which they arose.
     """
 
     model: nn.Module
@@ -69,6 +75,7 @@ class PruneResult:
     logs: tuple[EpochLog, ...]
     method: str
     seed: int = 0
+    notes: tuple[dict[str, float], ...] = ()
 
 
 def prune(
@@ -84,11 +91,16 @@ def prune(
     loss: LossFunction = cross_entropy,
     recover_epochs: int = 0,
     settings: TrainingSettings | None = None,
+    evaluate: Evaluate | None = None,
+    distillation: Distillation | None = None,
     groups: ChannelGroups | None = None,
-    on_epoch: Callable[[EpochLog], None] | None = None,
+    watcher: Watcher | None = None,
+    checkpoints: Checkpoints | None = None,
     seed: int = 0,
 ) -> PruneResult:
     """Prunes a copy of a model to one or several targets and certifies the removal.
+
+    In several processes (``torchrun``, ``accelerate launch``) all of them call this alike and get the same result.
 
     Args:
         method: name of a registered pruner, or a specification that is not registered.
@@ -98,8 +110,12 @@ def prune(
         train_batches: needed by data-driven methods, for BN recalibration and for recovery.
         loss: the user's loss of a model on a batch.
         recover_epochs: epochs of training after the cut.
+        evaluate: a validation metric (higher is better) by which the recovery selects its weights. Never the test set.
+        distillation: lets the dense model teach the compact one during recovery.
         groups: verified groups from an earlier call, to save the trace and the trial.
-        on_epoch: is told about every finished epoch of the method and of the recovery.
+        watcher: is told how the training goes.
+        checkpoints: where method and recovery are saved after every epoch and cut; an interrupted call with the same
+            arguments continues there.
         seed: of everything random.
 
     Returns:
@@ -110,21 +126,27 @@ def prune(
         ConfigError: options out of range, or data missing that the method or the recovery needs.
         TargetError: the target is out of range or cannot be reached.
         CertificateError: the final plan is not exact.
+        TrainingError: the loss is no number, memory ran out, or the data raised.
+        CheckpointError: the checkpoints belong to other arguments, or are all damaged.
     """
     spec = method_spec(method) if isinstance(method, str) else method
     targets = parse_targets(target)
     if recover_epochs < 0:
         raise ConfigError(f"recover_epochs is {recover_epochs}, expected 0 or more. Leave it out for no recovery.")
     settings = settings or TrainingSettings()
-    built = spec.build(method_options(spec, options))
+    chosen = method_options(spec, options)
+    built = spec.build(chosen)
+    watcher = watcher or Watcher()
     if train_batches is None:
         _refuse_without_data(spec, built, recover_epochs)
     groups = groups or verify_groups(model, example_inputs, trace_channel_groups(model, example_inputs), seed=seed)
     dense = count_costs(model, example_inputs)
     cost_model = CostModel.of(model, groups, dense)
     check_feasible(cost_model, targets, limits)
+    job = _Job(spec, chosen, targets, limits or Limits(), scope, seed, settings, recover_epochs, distillation, loss)
+    saved = None if checkpoints is None else checkpoints.stage("prune", job.identity(model))
     run = MethodRun(
-        model=copy.deepcopy(model),
+        model=_own_copy(model),
         batches_=train_batches or (),
         loss=loss,
         settings=settings,
@@ -133,7 +155,8 @@ def prune(
         targets=targets,
         limits=limits or Limits(),
         scope=scope,
-        on_epoch=on_epoch,
+        watcher=watcher,
+        checkpoints=saved and saved.stage("method"),
         seed=seed,
     )
     outcome = drive(built, run)
@@ -152,7 +175,13 @@ def prune(
         certificate = certify_plan(model, plan, example_inputs, groups=groups, seed=seed)
         if not certificate.exact:
             raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
-    compact, recovery = _recovered(removal.model, run, train_batches, recover_epochs)
+    recovery = replace(
+        run,
+        loss=loss if distillation is None else distilled(loss, _own_copy(model), distillation),
+        evaluate=evaluate,
+        checkpoints=saved and saved.stage("recovery"),
+    )
+    compact, logs = _recovered(removal.model, recovery, train_batches, recover_epochs, outcome, recalibrate=loss)
     costs = count_costs(compact, example_inputs)
     return PruneResult(
         model=compact,
@@ -164,32 +193,84 @@ def prune(
         achieved=achieved_targets(targets, cost_model, plan, costs),
         removed_only=removal.model,
         outcome=outcome,
-        logs=(*run.logs, *recovery),
+        logs=(*run.logs, *logs),
         method=spec.name,
         seed=seed,
+        notes=tuple(run.notes),
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """Everything that decides what comes out of a call; checkpoints of another job are refused."""
+
+    spec: MethodSpec
+    options: BaseModel
+    targets: tuple[Target, ...]
+    limits: Limits
+    scope: Scope
+    seed: int
+    settings: TrainingSettings
+    recover_epochs: int
+    distillation: Distillation | None
+    loss: LossFunction
+
+    def identity(self, model: nn.Module) -> dict[str, Json]:
+        """Returns it as JSON."""
+        return {
+            "method": self.spec.name,
+            "options": self.options.model_dump(mode="json"),
+            "targets": [str(target) for target in self.targets],
+            "limits": self.limits.model_dump(mode="json"),
+            "scope": self.scope,
+            "seed": self.seed,
+            "training": self.settings.model_dump(mode="json"),
+            "recovery_epochs": self.recover_epochs,
+            "distillation": None if self.distillation is None else self.distillation.model_dump(mode="json"),
+            "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
+            "model": fingerprint(model),
+        }
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy on the device on which this process should work."""
+    return copy.deepcopy(model).to(own_device(next(model.parameters()).device))
+
+
 def _recovered(
-    model: nn.Module, run: MethodRun, batches: Batches | None, epochs: int
+    model: nn.Module,
+    run: MethodRun,
+    batches: Batches | None,
+    epochs: int,
+    outcome: Outcome,
+    *,
+    recalibrate: LossFunction,
 ) -> tuple[nn.Module, list[EpochLog]]:
-    """Returns a copy with BN statistics measured anew and trained for some epochs, as far as there is data."""
+    """Returns a copy with masks applied, BN statistics measured anew and trained, as far as there is data."""
     compact = copy.deepcopy(model)
+    masks = outcome.weight_masks or {}
+    with torch.no_grad():
+        for name, parameter in compact.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name].to(parameter.device))
     if batches is None:
         return compact, []
-    recalibrate_batchnorm(compact, batches, forward=run.loss)
+    recalibrate_batchnorm(compact, batches, forward=recalibrate)
     if not epochs:
         return compact, []
-    with seeded(compact, run.seed):
-        logs = fit(
-            compact,
-            batches,
-            epochs=epochs,
-            settings=run.settings,
-            loss=run.loss,
-            on_epoch=run.on_epoch,
-            name="recovery",
-        )
+    logs = fit(
+        compact,
+        batches,
+        epochs=epochs,
+        settings=run.settings,
+        loss=run.loss,
+        evaluate=run.evaluate,
+        weight_masks=masks,
+        watcher=run.watcher,
+        checkpoints=run.checkpoints,
+        name="recovery",
+        seed=run.seed,
+    )
     return compact, logs
 
 

@@ -118,9 +118,16 @@ class PruningMethod:
         raise NotImplementedError
 
     def start(self, context: MethodContext, phase: Phase) -> None:
-        """Is called before the first epoch of every phase, with modes and trainable parameters set.
+        """Is called once at the beginning of every phase: makes state, plans, cuts. Not when a phase is continued.
 
-        Hooks on ``context.model`` are put here, each with ``context.on_leave(handle.remove)``.
+        Modes and trainable parameters are set before.
+        """
+
+    def attach(self, context: MethodContext, phase: Phase) -> None:
+        """Puts onto ``context.model`` what the phase needs and no state holds: hooks and training modes.
+
+        Is called after ``start``, after every cut within the phase, and instead of ``start`` when a run is continued
+        within the phase. Every hook comes with ``context.on_leave(handle.remove)``.
         """
 
     def compute_loss(self, context: MethodContext, batch: Batch) -> Tensor:
@@ -139,11 +146,11 @@ class PruningMethod:
     def on_removed(self, context: MethodContext, removal: Removal) -> None:
         """Is told about every cut, so that scores, moments, masks and auxiliary modules follow (``removal.kept``).
 
-        Hooks were taken off before the cut; those still needed are put on ``context.model`` again.
+        Hooks were taken off before the cut; ``attach`` is called next.
         """
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
-        """Returns everything needed to resume at the next phase, or to ``finish``: tensors and JSON values."""
+        """Returns everything needed to continue after any epoch, or to ``finish``: tensors and JSON values."""
         return {}, {}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
@@ -170,6 +177,8 @@ class MethodSpec:
         own_optimizers: whether some phase makes optimizers of its own.
         changes_structure: whether channels may be cut before the end, with some options.
         products: what ``Outcome`` holds.
+        build_gated: builds the gated network around a compact model with the same configuration; its weights are then
+            loaded from the artefact. Needed where ``products`` names a gated model.
         demo_options: configuration for a run of about ten seconds on a small network.
     """
 
@@ -182,4 +191,5 @@ class MethodSpec:
     own_optimizers: bool = False
     changes_structure: bool = False
     products: frozenset[Product] = frozenset({"plan"})
+    build_gated: Callable[[nn.Module, Any], nn.Module] | None = None
     demo_options: Mapping[str, object] = field(default_factory=dict)

@@ -1,11 +1,10 @@
-"""The bench on which methods are checked: a tiny network with data, and a method that is watched or reborn."""
+"""The bench on which methods are checked: a tiny network with data, and a method that is watched."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from nni_prune_ext.allocation import Limits, Target
 from nni_prune_ext.certificate import verify_groups
+from nni_prune_ext.checkpoints import Checkpoints, Json
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.methods.base import (
     Batch,
-    JsonState,
     MethodContext,
     MethodSpec,
     Outcome,
@@ -79,6 +78,10 @@ class Bench:
         """Returns the checked options."""
         return method_options(self.spec, self.options)
 
+    def built(self) -> PruningMethod:
+        """Returns a fresh method."""
+        return self.spec.build(self.configured())
+
     def prune(self, *, seed: int = 0, with_data: bool = True) -> PruneResult:
         """Runs the whole pipeline."""
         return prune(
@@ -86,14 +89,14 @@ class Bench:
             train_batches=self.batches if with_data else None, groups=self.groups, seed=seed,
         )  # fmt: skip
 
-    def run(self, loss: LossFunction = cross_entropy) -> CountedRun:
+    def run(self, loss: LossFunction = cross_entropy, checkpoints: Checkpoints | None = None) -> CountedRun:
         """Returns a run over a copy of the model, ready for ``drive``."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             copy = BenchNet()
         return CountedRun(
             model=copy, batches_=self.batches, loss=loss, settings=TrainingSettings(), example_inputs=self.example,
-            groups=self.groups, targets=TARGETS, limits=LIMITS,
+            groups=self.groups, targets=TARGETS, limits=LIMITS, checkpoints=checkpoints,
         )  # fmt: skip
 
 
@@ -110,25 +113,23 @@ class CountedRun(MethodRun):
 
 
 class Watched(PruningMethod):
-    """Hands every call on to a method; where ``reborn``, a fresh one takes over from its saved state at every phase."""
+    """Hands every call on to a method and counts the cuts that it is told about."""
 
-    def __init__(self, bench: Bench, *, reborn: bool = False) -> None:
-        self.bench = bench
-        self.reborn = reborn
-        self.inner = bench.spec.build(bench.configured())
+    def __init__(self, inner: PruningMethod) -> None:
+        self.inner = inner
         self.removals = 0
-        self._position = -1
 
     def phases(self) -> Sequence[Phase]:
-        """Returns phases that ask the current method for its own."""
-        return [self._phase(position, phase) for position, phase in enumerate(self.inner.phases())]
+        """Hands on."""
+        return self.inner.phases()
 
     def start(self, context: MethodContext, phase: Phase) -> None:
-        """Starts the next phase, with a fresh method if that is wanted."""
-        self._position += 1
-        if self._position:
-            self._reincarnate()
-        self.inner.start(context, self._current())
+        """Hands on."""
+        self.inner.start(context, phase)
+
+    def attach(self, context: MethodContext, phase: Phase) -> None:
+        """Hands on."""
+        self.inner.attach(context, phase)
 
     def compute_loss(self, context: MethodContext, batch: Batch) -> Tensor:
         """Hands on."""
@@ -144,7 +145,7 @@ class Watched(PruningMethod):
 
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Hands on."""
-        self.inner.after_epoch(context, self._current(), epoch)
+        self.inner.after_epoch(context, phase, epoch)
 
     def on_removed(self, context: MethodContext, removal: Removal) -> None:
         """Counts and hands on."""
@@ -152,36 +153,28 @@ class Watched(PruningMethod):
         self.inner.on_removed(context, removal)
 
     def finish(self, context: MethodContext) -> Outcome:
-        """Finishes, with a fresh method if that is wanted."""
-        self._reincarnate()
+        """Hands on."""
         return self.inner.finish(context)
 
-    def _current(self) -> Phase:
-        return self.inner.phases()[self._position]
 
-    def _reincarnate(self) -> None:
-        if self.reborn:
-            tensors, values = self.inner.state_dict()
-            self.inner = self.bench.spec.build(self.bench.configured())
-            saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            self.inner.load_state_dict(saved, cast("JsonState", json.loads(json.dumps(values))))
+class Interrupted(BaseException):
+    """What a run that is stopped at a checkpoint raises; a ``BaseException``, as a signal is."""
 
-    def _phase(self, position: int, phase: Phase) -> Phase:
-        def optimizers(context: MethodContext) -> Sequence[torch.optim.Optimizer]:
-            make = self.inner.phases()[position].optimizers
-            assert make is not None
-            return make(context)
 
-        def trainable(name: str) -> bool:
-            choose = self.inner.phases()[position].trainable
-            assert choose is not None
-            return choose(name)
+class StoppingCheckpoints(Checkpoints):
+    """Checkpoints that stop the run after the one with a given number."""
 
-        return replace(
-            phase,
-            optimizers=None if phase.optimizers is None else optimizers,
-            trainable=None if phase.trainable is None else trainable,
-        )
+    def __init__(self, folder: Path, *, stop_at: int) -> None:
+        super().__init__(folder, {})
+        self.stop_at = stop_at
+        self.saves = 0
+
+    def save(self, values: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
+        """Saves, and stops."""
+        super().save(values, tensors)
+        self.saves += 1
+        if self.saves == self.stop_at:
+            raise Interrupted
 
 
 def traces_on(model: nn.Module) -> list[str]:

@@ -7,19 +7,33 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from nni_prune_ext.checkpoints import Checkpoints
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.inputs import call_model, tensors_in
 from nni_prune_ext.methods.base import Batch, MethodSpec, Outcome
 from nni_prune_ext.pipeline import PruneResult, method_options
 from nni_prune_ext.plan import removed_channels
-from nni_prune_ext.testing.method_bench import LIMITS, Bench, CountedRun, Watched, global_hooks, modes_of, traces_on
+from nni_prune_ext.testing.method_bench import (
+    LIMITS,
+    Bench,
+    CountedRun,
+    Interrupted,
+    StoppingCheckpoints,
+    Watched,
+    global_hooks,
+    modes_of,
+    traces_on,
+)
 from nni_prune_ext.training import cross_entropy, drive
 
 
@@ -152,7 +166,7 @@ def _check_run_leaves_no_trace(bench: Bench) -> int:
         calls += 1
         return cross_entropy(model, batch)
 
-    run, method = bench.run(counted), Watched(bench)
+    run, method = bench.run(counted), Watched(bench.built())
     modes = modes_of(run.model)
     outcome = drive(method, run)
     _require(modes == modes_of(run.model), "Modes and requires_grad are as before at the end.")
@@ -188,7 +202,7 @@ def _check_failure_leaves_no_trace(bench: Bench, calls: int) -> None:
         run, hooks = bench.run(fails), global_hooks()
         modes = modes_of(run.model)
         try:
-            drive(Watched(bench), run)
+            drive(bench.built(), run)
         except _UserError:
             pass
         else:
@@ -200,19 +214,29 @@ def _check_failure_leaves_no_trace(bench: Bench, calls: int) -> None:
 
 
 def _check_saved_state_continues(bench: Bench) -> None:
-    plain, reborn = Watched(bench), Watched(bench, reborn=True)
-    run, again = bench.run(), bench.run()
-    outcome = drive(plain, run)
-    tensors, values = plain.inner.state_dict()
+    """Stops a run at every one of its checkpoints (at up to eight) and lets a fresh method go on from there."""
+    method, run = bench.built(), bench.run()
+    outcome = drive(method, run)
+    tensors, values = method.state_dict()
     _require(
         all(isinstance(tensor, Tensor) for tensor in tensors.values()), "The tensors of a saved state are tensors."
     )
     _require(json.loads(json.dumps(values)) == values, "The values of a saved state are plain JSON values.")
-    same = _equal_outcomes(outcome, drive(reborn, again)) and run.applied == again.applied
-    _require(
-        same and _equal_weights(run.model, again.model),
-        "A fresh method that loads the saved state continues as the old one would have done.",
-    )
+    with TemporaryDirectory() as folder:
+        counting = StoppingCheckpoints(Path(folder), stop_at=0)
+        drive(bench.built(), bench.run(checkpoints=counting))
+    places = {1 + round(k * (counting.saves - 1) / 7) for k in range(8)}
+    for place in sorted(places):
+        with TemporaryDirectory() as folder:
+            with suppress(Interrupted):
+                drive(bench.built(), bench.run(checkpoints=StoppingCheckpoints(Path(folder), stop_at=place)))
+            again = bench.run(checkpoints=Checkpoints(Path(folder), {}))
+            same = _equal_outcomes(outcome, drive(bench.built(), again)) and run.applied == again.applied
+        _require(
+            same and _equal_weights(run.model, again.model),
+            f"A fresh method that loads the saved state continues as the old one would have done; stopped at "
+            f"checkpoint {place} of {counting.saves}, it does not.",
+        )
 
 
 def _refused(spec: MethodSpec, options: Mapping[str, object]) -> bool:

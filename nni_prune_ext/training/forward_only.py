@@ -36,7 +36,7 @@ def recalibrate_batchnorm(
     momenta = [norm.momentum for norm in norms]
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     seen = 0
-    with _modes_kept(model):
+    with modes_kept(model):
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -59,7 +59,7 @@ def recalibrate_batchnorm(
 def accuracy(model: nn.Module, batches: Batches) -> float:
     """Returns top-1 accuracy (0–1) over ``(images, labels)`` batches in evaluation mode; NaN without a batch."""
     right = total = 0
-    with _modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         model.eval()
         for images, labels in batches:
             right += int((model(images).argmax(1) == labels).sum())
@@ -68,7 +68,8 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the training modes of all modules back afterwards."""
     training = [(module, module.training) for module in model.modules()]
     try:
         yield

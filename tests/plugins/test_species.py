@@ -54,7 +54,7 @@ def test_a_controller_cuts_on_the_way_and_its_optimizer_goes_on_with_sliced_mome
     class Spy(Controller):
         def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
             super().after_epoch(context, phase, epoch)
-            (optimizer,) = run._optimizers
+            (optimizer,) = run.optimizers
             seen.extend((p.shape, optimizer.state[p]["momentum_buffer"].shape) for p in context.model.parameters())
 
     outcome = drive(Spy(ControllerOptions(epochs=4, cut_after=2)), run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,19 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.checkpoints import Checkpoints
+from nni_prune_ext.errors import ConfigError, TrainingError
 from nni_prune_ext.graph.channel_groups import trace_channel_groups
 from nni_prune_ext.methods.base import Batch, JsonState, MethodContext, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.baselines import L1
 from nni_prune_ext.models.cifar_resnet import resnet20
 from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.surgery import Removal
-from nni_prune_ext.testing.method_bench import Bench, CountedRun, modes_of, traces_on
+from nni_prune_ext.testing.method_bench import Bench, CountedRun, Interrupted, StoppingCheckpoints, modes_of, traces_on
 from nni_prune_ext.testing.toy_models import ZOO
 from nni_prune_ext.training import (
     EpochLog,
     MethodRun,
     TrainingSettings,
+    Watcher,
     accuracy,
     checked_settings,
     cross_entropy,
@@ -48,6 +51,14 @@ def toy_task() -> tuple[nn.Module, list[Batch]]:
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     )
     return model, batches
+
+
+class Listener(Watcher):
+    def __init__(self, hear) -> None:
+        self.hear = hear
+
+    def epoch(self, log: EpochLog) -> None:
+        self.hear(log)
 
 
 def bench_run() -> CountedRun:
@@ -104,7 +115,7 @@ def test_batches_without_a_length_never_push_progress_beyond_the_epoch() -> None
         def __iter__(self) -> Iterator[Batch]:
             return iter(batches)
 
-    fit(model, Endless(), epochs=3, on_epoch=lambda log: rates.append(log.learning_rate),
+    fit(model, Endless(), epochs=3, watcher=Listener(lambda log: rates.append(log.learning_rate)),
         settings=TrainingSettings(learning_rate=1.0e-3))  # fmt: skip
 
     assert [1e-3, 0.75e-3, 0.25e-3] == pytest.approx(rates)
@@ -132,7 +143,7 @@ def test_every_epoch_is_announced_to_data_and_caller() -> None:
         def set_epoch(self, epoch: int) -> None:
             epochs.append(epoch)
 
-    returned = fit(model, Announced(batches), epochs=3, on_epoch=logs.append)
+    returned = fit(model, Announced(batches), epochs=3, watcher=Listener(logs.append))
 
     assert [0, 1, 2] == epochs == [log.epoch for log in logs]
     assert returned == logs
@@ -142,7 +153,7 @@ def test_every_epoch_is_announced_to_data_and_caller() -> None:
 def test_a_loss_that_is_no_number_stops_the_training_with_advice(bad: float) -> None:
     model, batches = toy_task()
 
-    with pytest.raises(ConfigError, match=r"epoch 1 of phase 'fit'.*Lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"epoch 1 of phase 'fit'.*Lower the learning rate"):
         fit(model, batches, epochs=3, loss=lambda model, batch: cross_entropy(model, batch) * bad)
 
 
@@ -337,7 +348,7 @@ def test_the_loop_trains_what_no_optimizer_of_the_method_holds() -> None:
 
     class Own(Diary):
         def after_step(self, context: MethodContext) -> None:
-            held.append([len(group["params"]) for optimizer in run._optimizers for group in optimizer.param_groups])
+            held.append([len(group["params"]) for optimizer in run.optimizers for group in optimizer.param_groups])
 
     head = lambda context: [torch.optim.Adam(context.model.head.parameters())]  # noqa: E731
     drive(Own([Phase("both", 1, optimizers=head)]), run)
@@ -358,10 +369,10 @@ def test_a_cut_on_the_way_takes_hooks_off_slices_momentum_and_tells_the_method()
         def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
             super().after_epoch(context, phase, epoch)
             if epoch == 0:
-                state = run._optimizers[0].state
+                state = run.optimizers[0].state
                 momenta.update({n: state[p]["momentum_buffer"].clone() for n, p in context.model.named_parameters()})
                 context.apply(plan_from_channels(context.groups, {"inside.0": [0, 3]}))
-                now = run._optimizers[0].state
+                now = run.optimizers[0].state
                 kept = torch.tensor([c for c in range(16) if c not in (0, 3)])
                 for name, parameter in context.model.named_parameters():
                     old = momenta[name]
@@ -442,32 +453,20 @@ class Noisy(PruningMethod):
         self.total = tensors["total"]
 
 
-@pytest.mark.parametrize("stopped_at", [1, 2, 3])
-def test_a_run_resumed_at_a_phase_ends_like_one_that_never_stopped(stopped_at: int) -> None:
+@pytest.mark.parametrize("stopped_at", [1, 2, 3, 4, 5, 6])
+def test_a_run_resumed_at_a_checkpoint_ends_like_one_that_never_stopped(stopped_at: int, tmp_path: Path) -> None:
     whole, first, second = bench_run(), bench_run(), bench_run()
     expected = drive(Noisy(), whole)
+    first.checkpoints = StoppingCheckpoints(tmp_path, stop_at=stopped_at)
+    with pytest.raises(Interrupted):
+        drive(Noisy(), first)
 
-    class Stopped(Noisy):
-        def phases(self) -> Sequence[Phase]:
-            return [*list(super().phases())[:stopped_at], *[Phase(f"never {k}", 1) for k in range(3 - stopped_at)]]
-
-        def start(self, context: MethodContext, phase: Phase) -> None:
-            if phase.name.startswith("never"):
-                raise KeyboardInterrupt
-
-    old, new = Stopped(), Noisy()
-    if stopped_at < 3:
-        with pytest.raises(KeyboardInterrupt):
-            drive(old, first)
-    else:
-        drive(old, first)
-    new.load_state_dict(*old.state_dict())
-    second.model.load_state_dict(first.model.state_dict())
-    resumed = drive(new, second, first_phase=stopped_at)
+    second.checkpoints = Checkpoints(tmp_path, {})
+    resumed = drive(Noisy(), second)
 
     assert expected.facts == resumed.facts
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters()))
-    assert [log.phase for log in whole.logs][stopped_at:] == [log.phase for log in second.logs]
+    assert [log.phase for log in whole.logs] == [log.phase for log in second.logs]
 
 
 # -- services --------------------------------------------------------------------------------------------------

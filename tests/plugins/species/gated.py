@@ -49,6 +49,8 @@ class Gating(PruningMethod):
 
     def start(self, context: MethodContext, phase: Phase) -> None:
         self.gates = nn.ModuleList(nn.Linear(g.num_channels, g.num_channels) for g in context.groups)
+
+    def attach(self, context: MethodContext, phase: Phase) -> None:
         for handle in place(context.model, self.gates, context.groups):
             context.on_leave(handle.remove)
 

@@ -34,6 +34,9 @@ class MaskSearch(PruningMethod):
     def start(self, context: MethodContext, phase: Phase) -> None:
         if phase.name == "search":
             self.scores = {g.name: nn.Parameter(torch.rand(g.num_channels)) for g in context.groups}
+
+    def attach(self, context: MethodContext, phase: Phase) -> None:
+        if phase.name == "search":
             context.model.eval()  # the statistics are those of the weights; they follow the mask in the second phase
         for group in context.groups:
             for handle in gate_norms(context.model, group, lambda _, name=group.name: self._gate(name)):

@@ -36,10 +36,13 @@ class Reconstruction(PruningMethod):
         return [frozen, Phase("joint", self.options.joint_epochs, optimizers=self._optimizers)]
 
     def start(self, context: MethodContext, phase: Phase) -> None:
-        deepest = context.model.get_submodule(context.groups.groups[-1].name)
         if phase.name == "decoder":
             self.decoder = nn.Conv2d(context.groups.groups[-1].num_channels, 3, 1)
             self.scores = {group.name: torch.zeros(group.num_channels) for group in context.groups}
+
+    def attach(self, context: MethodContext, phase: Phase) -> None:
+        deepest = context.model.get_submodule(context.groups.groups[-1].name)
+        if phase.name == "decoder":
             context.model.eval()  # frozen means frozen statistics too
         self._weights = (0.0, 1.0) if phase.name == "decoder" else (1.0, self.options.weight)
         context.on_leave(context.model.register_forward_pre_hook(self._keep_images).remove)

@@ -1,0 +1,439 @@
+"""The crank that drives any pruning method through its phases, and can be stopped and continued at any epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from nni_prune_ext.checkpoints import Json, Saved
+from nni_prune_ext.errors import CheckpointError, ConfigError, NniPruneExtError, TrainingError
+from nni_prune_ext.methods.base import Batch, JsonState, Outcome, Phase, PruningMethod
+from nni_prune_ext.plan import PruningPlan
+from nni_prune_ext.training.forward_only import modes_kept
+from nni_prune_ext.training.method_run import NO_BATCH, MethodRun, seeded
+from nni_prune_ext.training.processes import (
+    average_statistics,
+    averaged,
+    from_main,
+    is_main,
+    sum_gradients,
+    windows,
+    world_size,
+)
+from nni_prune_ext.training.run_state import (
+    load_model_tensors,
+    load_optimizer_states,
+    load_random_states,
+    model_tensors,
+    optimizer_states,
+    random_states,
+    under_prefix,
+    with_prefix,
+)
+from nni_prune_ext.training.settings import Batches, EpochLog, StepLog, TrainingSettings
+
+_PHASE_SEEDS = 1_000_003
+"""Distance between the seeds of a run's phases."""
+_WARMUP_START = 0.01
+"""Share of the peak learning rate with which a warm-up begins."""
+_TELL_SECONDS = 0.2
+"""A watcher hears of steps no more often than this: reading a loss waits for the device."""
+_CUDA_CHECK_STEPS = 20
+"""On a GPU the loss is looked at every so many steps, for the same reason."""
+
+
+def drive(method: PruningMethod, run: MethodRun) -> Outcome:
+    """Runs all phases of a method and returns what it hands over; ``run.applied`` holds what was cut on the way.
+
+    Every phase draws its random numbers from the run's seed and its own position. Where the run has checkpoints, it is
+    saved after every epoch and every cut at the beginning of a phase, and goes on from the newest one: with the same
+    plan, and on one CPU process with the same weights bit for bit, as if it had never stopped.
+
+    Raises:
+        ConfigError: there is no batch or nothing to train.
+        TrainingError: the loss is no number, memory ran out, or the data raised; the model is as it was before the
+            epoch.
+        CheckpointError: the checkpoints are not of this run.
+    """
+    if len(run.groups):
+        run.cost_model()  # before any hook of the method can see this forward pass
+    phases = list(method.phases())
+    run_phases(method, run, phases)
+    run.progress = 1.0
+    with seeded(run.model, run.seed + _PHASE_SEEDS * len(phases)):
+        outcome = method.finish(run)
+    return replace(outcome, plan=from_main(outcome.plan)) if world_size() > 1 else outcome
+
+
+def run_phases(method: PruningMethod, run: MethodRun, phases: list[Phase]) -> None:
+    """Runs the phases of a method, beginning where the run's checkpoints say."""
+    total = max(sum(phase.epochs for phase in phases), 1)
+    saved = run.checkpoints.latest() if run.checkpoints else None
+    at = _Place(0, 0, False) if saved is None else _restored(method, run, phases, saved)
+    if at.finished:
+        at, saved = _Place(at.phase + 1, 0, False), None
+    for number in range(at.phase, len(phases)):
+        before = sum(phase.epochs for phase in phases[:number])
+        with seeded(run.model, run.seed + _PHASE_SEEDS * number):
+            _run_phase(_Stretch(method, run, phases[number], number, before, total), at.epochs, saved)
+        at, saved = _Place(number + 1, 0, False), None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run stands: so many epochs of this phase are done."""
+
+    phase: int
+    epochs: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """One phase of one run: the epochs ``before …`` of ``total``."""
+
+    method: PruningMethod
+    run: MethodRun
+    phase: Phase
+    number: int
+    before: int
+    total: int
+
+
+def _run_phase(stretch: _Stretch, done: int, saved: Saved | None) -> None:
+    """Runs the epochs of a phase from ``done``; with a saved state the phase is entered without its start."""
+    method, run, phase = stretch.method, stretch.run, stretch.phase
+    run.method, run.stop = method, False
+    run.progress = (stretch.before + done) / stretch.total
+    run.watcher.phase(phase.name, phase.epochs, done=stretch.before + done, total=stretch.total)
+    with _prepared(run, phase):
+        if saved is None:
+            method.start(run, phase)
+        method.attach(run, phase)
+        run.attached = phase
+        if phase.epochs:
+            _make_optimizers(run, phase)
+        if saved is None:
+            _save(stretch, 0, finished=not phase.epochs)
+        else:
+            _restore_machinery(run, saved)
+        for epoch in range(done, phase.epochs):
+            log = _guarded_epoch(stretch, epoch)
+            run.logs.append(log)
+            _save(stretch, epoch + 1, finished=run.stop or epoch + 1 == phase.epochs)
+            run.watcher.epoch(log)
+            if run.stop:
+                break
+
+
+def _guarded_epoch(stretch: _Stretch, epoch: int) -> EpochLog:
+    """Runs one epoch; if it fails, the model is left as it was before it."""
+    run = stretch.run
+    before = {name: tensor.clone() for name, tensor in model_tensors(run.model).items()}
+    try:
+        return _epoch(stretch, epoch)
+    except TrainingError as error:
+        if before.keys() == model_tensors(run.model).keys():
+            load_model_tensors(run.model, before)
+        if run.checkpoints is None:
+            raise
+        raise TrainingError(f"{error} The state before this epoch is saved in '{run.checkpoints.folder}'.") from error
+
+
+def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
+    run, phase = stretch.run, stretch.phase
+    began, losses, seen = time.perf_counter(), list[Tensor](), 0
+    told = began
+    set_epoch = getattr(run.batches_, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(stretch.before + epoch)
+    steps = _length(run.batches_)
+    for number, (own, count) in enumerate(_dealt(stretch, epoch)):
+        share = min(seen / steps, 1.0) if steps else 0.0
+        run.progress = (stretch.before + epoch + share) / stretch.total
+        _set_rate(run, phase, epoch + share)
+        losses += _step(stretch, own, count, epoch, number)
+        seen += count
+        now = time.perf_counter()
+        if now - told > _TELL_SECONDS and losses:
+            told = now
+            run.watcher.step(
+                StepLog(
+                    phase.name,
+                    epoch,
+                    phase.epochs,
+                    seen,
+                    steps,
+                    float(losses[-1]),
+                    stretch.before + epoch,
+                    stretch.total,
+                )
+            )
+    if not seen:
+        raise ConfigError(NO_BATCH)
+    mean = _mean_loss(losses, run.model)
+    if not math.isfinite(mean):
+        raise _no_number(stretch, epoch, None, mean)
+    average_statistics(run.model)
+    run.progress = (stretch.before + epoch + 1) / stretch.total
+    run.metric = _metric(run)
+    stretch.method.after_epoch(run, phase, epoch)
+    rates = [group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
+    rate = float(rates[0]) if rates else 0.0
+    return EpochLog(phase.name, epoch, mean, rate, time.perf_counter() - began, run.metric)
+
+
+def _dealt(stretch: _Stretch, epoch: int) -> Iterator[tuple[list[Batch], int]]:
+    """Yields the batches of every step; says where the user's data raised."""
+    dealt = windows(stretch.run.batches_, stretch.run.settings.accumulation_steps)
+    number = 0
+    while True:
+        try:
+            window = next(dealt)
+        except StopIteration:
+            return
+        except NniPruneExtError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"The training data raised {type(error).__name__} after {number} batches of epoch {epoch + 1} of phase "
+                f"'{stretch.phase.name}': {error}. Expected batches. Mend the data."
+            ) from error
+        number += window[1]
+        yield window
+
+
+def _step(stretch: _Stretch, own: list[Batch], count: int, epoch: int, number: int) -> list[Tensor]:
+    """Runs this process's batches of one optimizer step, of ``count`` batches in all processes together."""
+    method, run = stretch.method, stretch.run
+    device = next(run.model.parameters()).device
+    bf16, trains = run.settings.precision == "bf16", bool(run.optimizers)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for given in own:
+        batch = send_to_device(given, device)
+        if run.settings.channels_last:
+            batch = _channels_last(batch)
+        with _memory_explained(batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(trains):
+                loss = method.compute_loss(run, batch)
+            if (device.type == "cpu" or number % _CUDA_CHECK_STEPS == 0) and not math.isfinite(float(loss.detach())):
+                raise _no_number(stretch, epoch, number, float(loss.detach()))
+            if trains:
+                (loss if count == 1 else loss / count).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    if trains:
+        parameters = [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+        sum_gradients(parameters)
+        method.after_backward(run)
+        if run.settings.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, run.settings.max_gradient_norm)
+        for optimizer in run.optimizers:
+            optimizer.step()
+    method.after_step(run)
+    return losses
+
+
+def _mean_loss(losses: list[Tensor], model: nn.Module) -> float:
+    device = next(model.parameters()).device
+    total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=device)
+    sums = averaged({"total": total, "count": torch.tensor(float(len(losses)), dtype=torch.float64, device=device)})
+    return float(sums["total"] / sums["count"])
+
+
+def _metric(run: MethodRun) -> float | None:
+    if run.evaluate is None:
+        return None
+    with modes_kept(run.model), torch.no_grad():
+        return from_main(float(run.evaluate(run.model)))
+
+
+def _make_optimizers(run: MethodRun, phase: Phase) -> None:
+    """Makes the method's optimizers, and the loop's own over all trainable parameters that none of them holds."""
+    own = [] if phase.optimizers is None else list(phase.optimizers(run))
+    held = {id(p) for optimizer in own for group in optimizer.param_groups for p in group["params"]}
+    rest = {name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in held}
+    run.default_optimizer = _optimizer(rest, run.settings) if rest else None
+    run.optimizers = own if run.default_optimizer is None else [run.default_optimizer, *own]
+    if not run.optimizers and phase.trainable is None:
+        raise ConfigError(
+            f"Phase '{phase.name}' has nothing to train: no parameter of {type(run.model).__name__} requires a "
+            "gradient. Unfreeze some, or train for 0 epochs."
+        )
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> Optimizer:
+    """Makes the loop's optimizer; every group carries the factor on its learning rate as ``scale``."""
+    members: list[list[nn.Parameter]] = [[] for _ in range(len(settings.parameter_groups) + 1)]
+    for name, parameter in parameters.items():
+        fitting = (n for n, group in enumerate(settings.parameter_groups) if fnmatchcase(name, group.pattern))
+        members[next(fitting, len(settings.parameter_groups))].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for chosen, own in zip([*settings.parameter_groups, None], members):
+        if own:
+            decay = settings.weight_decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay
+            scale = 1.0 if chosen is None else chosen.learning_rate_scale
+            groups.append({"params": own, "weight_decay": decay, "scale": scale})
+    if settings.optimizer == "adamw":
+        return AdamW(groups, lr=settings.learning_rate)
+    nesterov = settings.nesterov and settings.momentum > 0
+    return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=nesterov)
+
+
+def _set_rate(run: MethodRun, phase: Phase, epochs: float) -> None:
+    if run.default_optimizer is not None:
+        rate = run.settings.learning_rate * phase.learning_rate_scale * rate_factor(run.settings, epochs, phase.epochs)
+        for group in run.default_optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+
+
+def rate_factor(settings: TrainingSettings, epochs: float, total: int) -> float:
+    """Returns the learning rate as a share of its peak, ``epochs`` into a phase of ``total`` epochs."""
+    warmup = settings.warmup_epochs
+    if epochs < warmup:
+        return _WARMUP_START + (1 - _WARMUP_START) * epochs / warmup
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (epochs - warmup) / max(total - warmup, 1e-9)))
+    if settings.schedule == "step":
+        passed = sum(epochs / total >= milestone for milestone in settings.milestones)
+        return float(settings.gamma**passed)
+    return 1.0
+
+
+def _save(stretch: _Stretch, epochs: int, *, finished: bool) -> None:
+    run = stretch.run
+    if run.checkpoints is None or not is_main():
+        return
+    method_tensors, method_values = stretch.method.state_dict()
+    optimizer_values, optimizer_tensors = optimizer_states(run.optimizers)
+    random_values, random_tensors = random_states(run.model, run.batches_)
+    values: dict[str, Json] = {
+        "phase": stretch.number,
+        "name": stretch.phase.name,
+        "epochs": epochs,
+        "finished": finished,
+        "applied": None if run.applied is None else run.applied.to_json(),
+        "method": cast("Json", method_values),
+        "logs": [asdict(log) for log in run.logs],
+        "notes": [dict(note) for note in run.notes],
+        **optimizer_values,
+        **random_values,
+    }
+    tensors = {
+        **with_prefix("model", model_tensors(run.model)),
+        **with_prefix("method", method_tensors),
+        **with_prefix("optimizer", optimizer_tensors),
+        **with_prefix("random", random_tensors),
+    }
+    run.checkpoints.save(values, tensors)
+
+
+def _restored(method: PruningMethod, run: MethodRun, phases: list[Phase], saved: Saved) -> _Place:
+    """Puts model, method and records back; optimizers and random states follow once the phase is prepared."""
+    values = cast("dict[str, Any]", saved.values)
+    place = _Place(values["phase"], values["epochs"], values["finished"])
+    if place.phase >= len(phases) or phases[place.phase].name != values["name"]:
+        raise CheckpointError(
+            f"The checkpoint stands in phase {place.phase + 1}, '{values['name']}', but the method has the phases "
+            f"{', '.join(repr(phase.name) for phase in phases)}. Expected the same method and options. Start anew."
+        )
+    if values["applied"] is not None:
+        run.cut_again(PruningPlan.from_json(values["applied"]))
+    load_model_tensors(run.model, under_prefix("model", saved.tensors))
+    method.load_state_dict(under_prefix("method", saved.tensors), cast("JsonState", values["method"]))
+    run.logs[:] = [EpochLog(**log) for log in values["logs"]]
+    run.notes[:] = values["notes"]
+    where = f"after epoch {place.epochs} of {phases[place.phase].epochs} of phase '{values['name']}'"
+    run.watcher.note(f"continued from checkpoint {saved.number}, {where}")
+    return place
+
+
+def _restore_machinery(run: MethodRun, saved: Saved) -> None:
+    values = cast("dict[str, Any]", saved.values)
+    load_optimizer_states(run.optimizers, values["optimizers"], under_prefix("optimizer", saved.tensors))
+    load_random_states(run.model, run.batches_, values["random"], under_prefix("random", saved.tensors))
+
+
+@contextmanager
+def _prepared(run: MethodRun, phase: Phase) -> Iterator[None]:
+    """Sets modes, trainable parameters and memory format; restores them on the model that is current at the end."""
+    modes = {name: module.training for name, module in run.model.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in run.model.named_parameters()}
+    for name, parameter in run.model.named_parameters():
+        parameter.requires_grad_(phase.trainable(name) if phase.trainable is not None else required[name])
+    if phase.epochs:
+        run.model.train()
+    formatted = run.settings.channels_last and bool(phase.epochs)
+    formatted = formatted and all(p.is_contiguous() for p in run.model.parameters())
+    if formatted:
+        run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        run.default_optimizer, run.optimizers, run.attached = None, [], None
+        for name, module in run.model.named_modules():
+            module.training = modes.get(name, module.training)
+        for name, parameter in run.model.named_parameters():
+            parameter.requires_grad_(required.get(name, parameter.requires_grad))
+            parameter.grad = None
+        if formatted:
+            run.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        run.leave()
+
+
+@contextmanager
+def _memory_explained(batch: Batch) -> Iterator[None]:
+    """Turns running out of memory into an error that says which batch was tried."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        raise TrainingError(
+            f"Memory ran out on a batch of {_described(batch)}. Expected it to fit. Halve the batch size and double "
+            "accumulation_steps: the gradients stay the same."
+        ) from error
+
+
+def _no_number(stretch: _Stretch, epoch: int, step: int | None, loss: float) -> TrainingError:
+    where = f"epoch {epoch + 1} of phase '{stretch.phase.name}'"
+    return TrainingError(
+        f"The loss is {loss} in {where if step is None else f'step {step + 1} of {where}'}, expected a finite number. "
+        f"Lower the learning rate ({stretch.run.settings.learning_rate:g}), or check loss and data."
+    )
+
+
+def _described(batch: Batch) -> str:
+    shapes = [
+        tuple(item.shape)
+        for item in (batch if isinstance(batch, (tuple, list)) else [batch])
+        if isinstance(item, Tensor)
+    ]
+    if not shapes:
+        return f"type {type(batch).__name__}"
+    return f"size {shapes[0][0]}, shapes {', '.join(map(str, shapes))}"
+
+
+def _channels_last(batch: Batch) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_channels_last(item) for item in batch)
+    return batch
+
+
+def _length(batches: Batches) -> int | None:
+    size = getattr(batches, "__len__", None)
+    return None if size is None else int(size())

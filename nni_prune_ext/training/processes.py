@@ -1,0 +1,125 @@
+"""Several processes that train one network: who they are, how batches are dealt out, how tensors are averaged.
+
+Processes are started by ``torchrun`` or ``accelerate launch`` and set up by Accelerate's ``PartialState``: NCCL on
+GPUs, gloo on CPUs. Gradients are averaged in one flat buffer after the backward pass instead of by
+DistributedDataParallel: parameters appear and disappear when channels are cut, and a method's own parameters have to
+follow too. What is lost is the overlap of communication with the backward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from nni_prune_ext.methods.base import Batch
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Returns the number of processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Returns the number of this process, from 0."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Says whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def wait_for_everyone() -> None:
+    """Returns when every process has come here."""
+    if world_size() > 1:
+        _state().wait_for_everyone()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Returns where this process should train a model that the user holds on ``device``."""
+    return device if world_size() == 1 else cast("torch.device", _state().device)
+
+
+def from_main(value: T) -> T:
+    """Returns the main process's value (anything that can be sent) in every process."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list  # imported here: one process does not need it
+
+    _state()
+    return cast("list[T]", broadcast_object_list([value]))[0]
+
+
+def averaged(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the mean of every tensor over all processes; in one process the tensors themselves."""
+    if world_size() == 1 or not values:
+        return dict(values)
+    device = _state().device
+    flat = torch.cat([value.detach().to(device, torch.float64).flatten() for value in values.values()])
+    torch.distributed.all_reduce(flat)
+    parts = torch.split(flat / world_size(), [value.numel() for value in values.values()])
+    return {k: part.view(v.shape).to(v.device, v.dtype) for (k, v), part in zip(values.items(), parts)}
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes, in place; a parameter without one anywhere stays without."""
+    if world_size() == 1 or not parameters:
+        return
+    _state()
+    has_one = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    torch.distributed.all_reduce(has_one)
+    used = [p for p, count in zip(parameters, has_one.tolist()) if count]
+    for dtype in {p.dtype for p in used}:
+        own = [p for p in used if p.dtype == dtype]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
+        torch.distributed.all_reduce(flat)
+        for parameter, part in zip(own, torch.split(flat, [p.numel() for p in own])):
+            parameter.grad = part.view(parameter.shape).clone()
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Gives every floating-point buffer of a model (running statistics) its mean over all processes, in place."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    if world_size() > 1:
+        for name, mean in averaged(buffers).items():
+            buffers[name].copy_(mean)
+
+
+def windows(batches: Iterable[Batch], size: int) -> Iterator[tuple[list[Batch], int]]:
+    """Deals batches out: yields this process's batches of every optimizer step, and how many all processes have in it.
+
+    Batch ``k`` of a step goes to process ``k mod world size``, so that N processes see what one process with N times
+    the accumulation sees. The last step of an epoch may be smaller, and empty for some processes. A ``DataLoader`` is
+    divided by Accelerate, so that no process loads what others train on.
+
+    Args:
+        size: batches per step and process.
+    """
+    world = world_size()
+    if world > 1 and isinstance(batches, DataLoader):
+        from accelerate.data_loader import prepare_data_loader  # imported here: one process does not need it
+
+        divided = iter(prepare_data_loader(batches, num_processes=world, process_index=rank(), put_on_device=False))
+        while own := list(islice(divided, size)):
+            yield own, len(own) * world
+        return
+    iterator = iter(batches)
+    while window := list(islice(iterator, size * world)):
+        yield window[rank() :: world], len(window)
+
+
+def _state() -> PartialState:
+    from accelerate import PartialState  # imported here: one process does not need it
+
+    return PartialState(cpu=not torch.cuda.is_available())
