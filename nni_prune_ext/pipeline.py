@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+from accelerate.utils import send_to_device
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
 from nni_prune_ext.plan import PruningPlan, removed_channels
 from nni_prune_ext.registry import load_plugin
+from nni_prune_ext.specs import import_object
 from nni_prune_ext.surgery import slice_state
 from nni_prune_ext.training import (
     Batches,
@@ -40,7 +42,7 @@ from nni_prune_ext.training import (
     fit,
     recalibrate_batchnorm,
 )
-from nni_prune_ext.training.processes import own_device
+from nni_prune_ext.training.processes import own_device, world_size
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ def prune(
     """
     spec = method_spec(method) if isinstance(method, str) else method
     targets = parse_targets(target)
+    if world_size() > 1:
+        device = own_device(next(model.parameters()).device)
+        model, example_inputs = copy.deepcopy(model).to(device), send_to_device(example_inputs, device)
     if recover_epochs < 0:
         raise ConfigError(f"recover_epochs is {recover_epochs}, expected 0 or more. Leave it out for no recovery.")
     settings = settings or TrainingSettings()
@@ -146,7 +151,7 @@ def prune(
     job = _Job(spec, chosen, targets, limits or Limits(), scope, seed, settings, recover_epochs, distillation, loss)
     saved = None if checkpoints is None else checkpoints.stage("prune", job.identity(model))
     run = MethodRun(
-        model=_own_copy(model),
+        model=copy.deepcopy(model),
         batches_=train_batches or (),
         loss=loss,
         settings=settings,
@@ -177,7 +182,7 @@ def prune(
             raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
     recovery = replace(
         run,
-        loss=loss if distillation is None else distilled(loss, _own_copy(model), distillation),
+        loss=loss if distillation is None else distilled(loss, model, distillation),
         evaluate=evaluate,
         checkpoints=saved and saved.stage("recovery"),
     )
@@ -230,11 +235,6 @@ class _Job:
             "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "model": fingerprint(model),
         }
-
-
-def _own_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy on the device on which this process should work."""
-    return copy.deepcopy(model).to(own_device(next(model.parameters()).device))
 
 
 def _recovered(
@@ -297,13 +297,13 @@ def _refuse_without_data(spec: MethodSpec, method: PruningMethod, recover_epochs
 
 
 def method_spec(name: str) -> MethodSpec:
-    """Returns the registered method.
+    """Returns the registered method, or the one that ``module.path:NAME`` holds.
 
     Raises:
         UnknownPluginError: no such name.
-        PluginError: what is registered is not a :class:`MethodSpec`.
+        PluginError: it cannot be imported, or is not a :class:`MethodSpec`.
     """
-    spec = load_plugin("pruners", name)
+    spec = import_object(name, error=PluginError) if ":" in name else load_plugin("pruners", name)
     if not isinstance(spec, MethodSpec):
         raise PluginError(
             f"The pruner '{name}' is a {type(spec).__name__}, expected a MethodSpec. See docs/how-to/write_a_method.md."

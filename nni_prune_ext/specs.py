@@ -20,20 +20,25 @@ def import_factory(spec: str, *, error: type[NniPruneExtError], prefixes: Iterab
     Raises:
         NniPruneExtError: of the class `error`, if there is no such module, no such name in it, or it is not callable.
     """
-    module_name, _, factory_name = spec.partition(":")
+    factory = import_object(spec, error=error, prefixes=prefixes)
+    if not callable(factory):
+        raise error(
+            f"'{spec}' is a {type(factory).__name__}, expected a function or class. Name the factory after the colon."
+        )
+    return factory
+
+
+def import_object(spec: str, *, error: type[NniPruneExtError], prefixes: Iterable[str] = ()) -> object:
+    """Import the object that ``module.path:name`` names; see `import_factory`."""
+    module_name, _, name = spec.partition(":")
     try:
-        factory: object = getattr(importlib.import_module(module_name), factory_name)
+        return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError, TypeError) as reason:
         raise error(
             f"'{spec}' cannot be imported ({type(reason).__name__}: {reason}). Expected module.path:factory, a module "
             f"that Python finds and a function in it. Check the spelling, and run from the module's folder or set "
             f"PYTHONPATH.{did_you_mean(module_name, prefixes)}"
         ) from reason
-    if not callable(factory):
-        raise error(
-            f"'{spec}' is a {type(factory).__name__}, expected a function or class. Name the factory after the colon."
-        )
-    return factory
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

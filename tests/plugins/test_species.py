@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from species import SPECIES
-from species.controller import Controller
-from species.controller import Options as ControllerOptions
 from species.gated import GATED
 from species.mask_search import MASK_SEARCH, MaskSearch
 from species.mask_search import Options as SearchOptions
@@ -16,6 +14,7 @@ from species.reconstruction import Reconstruction
 from nni_prune_ext.methods.base import MethodContext, MethodSpec, Phase
 from nni_prune_ext.testing import check_method
 from nni_prune_ext.testing.method_bench import Bench, CountedRun
+from nni_prune_ext.testing.toy_controller import Controller, ControllerOptions
 from nni_prune_ext.training import drive
 
 DATA_DRIVEN = [name for name, spec in SPECIES.items() if spec.needs_data]
