@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import nni_prune_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from field_table import FieldTable
 
 project = "nni_prune_ext"
 author = "the nni_prune_ext authors"
@@ -39,5 +44,6 @@ def escape_bars(app: object, what: str, name: str, subject: object, options: obj
 
 
 def setup(app: object) -> None:
-    """Connects the hook above."""
+    """Connects the hook above and the directive beside this file."""
     app.connect("autodoc-process-docstring", escape_bars)
+    app.add_directive("field-table", FieldTable)

@@ -32,9 +32,9 @@ from nni_prune_ext.deployment import (
 from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.pipeline import method_spec
 from nni_prune_ext.registry import plugins
-from nni_prune_ext.report import before_after_table, markdown_table, write_report
+from nni_prune_ext.report import RunReport, before_after_table, markdown_table, write_html, write_report
 from nni_prune_ext.text_files import write_text
-from nni_prune_ext.training import EpochLog
+from nni_prune_ext.training import EpochLog, Watcher
 
 CONSOLE = Console(width=160)
 
@@ -54,8 +54,13 @@ def main() -> None:
     test = npe.split_batches(source, "test", 500)
     rows, latency = compare_variants(variants, out, example, test_batches=test, progress=tell, spec=spec)
     job = {**vars(arguments), "num_classes": source.num_classes, "input_shape": list(source.input_shape)}
-    methods = {variant.name: result_facts(variant.result) for variant in variants if variant.result}
-    write_report(out / "report.json", rows, {"job": job, **measurement_facts(latency), "methods": methods})
+    results = {variant.name: variant.result for variant in variants if variant.result}
+    methods = {name: result_facts(result) for name, result in results.items()}
+    curves = {name: [vars(log) for log in result.logs] for name, result in results.items()}
+    facts = {"title": f"{arguments.model} on {source.name}, every method", "model": arguments.model, "curves": curves,
+             "data": arguments.data, "seed": arguments.seed, "job": job, "methods": methods}  # fmt: skip
+    write_report(out / "report.json", rows, {**facts, **measurement_facts(latency)})
+    write_html(out / "report.html", [RunReport.load(out)])
     write_text(out / "table.md", markdown_table(rows))
     title = f"{arguments.model} on {source.name}, target {arguments.target}"
     epochs = f"trained {arguments.epochs} epochs, recovered {arguments.recover_epochs}; artefacts in {out}"
@@ -66,7 +71,7 @@ def dense_networks(model: nn.Module, source: npe.DataSource, arguments: argparse
     """Trains the dense network, then a copy of it for as long as the pruned ones recover."""
     train = training_batches(source, arguments)
     began = time.perf_counter()
-    npe.fit(model, train, epochs=arguments.epochs, settings=settings(source, 0.1), on_epoch=show)
+    npe.fit(model, train, epochs=arguments.epochs, settings=settings(source, 0.1), watcher=Told())
     yield Variant("dense", model, seconds=time.perf_counter() - began)
     longer, began = copy.deepcopy(model), time.perf_counter()
     npe.fit(longer, train, epochs=arguments.recover_epochs, settings=settings(source, 0.02))
@@ -105,11 +110,15 @@ def training_batches(source: npe.DataSource, arguments: argparse.Namespace) -> n
 def settings(source: npe.DataSource, learning_rate: float) -> npe.TrainingSettings:
     """Large images or many of them are trained in bfloat16 and channels-last, which is several times faster on CPUs."""
     heavy = len(source.train) * source.input_shape[1] * source.input_shape[2] > 5e6
-    return npe.TrainingSettings(learning_rate, precision="bf16" if heavy else "fp32", channels_last=heavy)
+    return npe.TrainingSettings(learning_rate=learning_rate, precision="bf16" if heavy else "fp32", channels_last=heavy)
 
 
-def show(log: EpochLog) -> None:
-    tell(f"{log.phase} epoch {log.epoch + 1}: loss {log.loss:.3f}, {log.seconds:.1f} s")
+class Told(Watcher):
+    """Tells of every epoch."""
+
+    def epoch(self, log: EpochLog) -> None:
+        """Prints one line."""
+        tell(f"{log.phase} epoch {log.epoch + 1}: loss {log.loss:.3f}, {log.seconds:.1f} s")
 
 
 def tell(text: str) -> None:

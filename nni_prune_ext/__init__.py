@@ -55,6 +55,20 @@ _PUBLIC = {
     "prune": "pipeline",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
+    "Checkpoints": "checkpoints",
+    "Distillation": "training",
+    "EpochLog": "training",
+    "ParameterGroup": "training",
+    "StepLog": "training",
+    "Watcher": "training",
+    "distilled": "training",
+    "search_space": "methods.options",
+    "Recipe": "recipes",
+    "load_recipe": "recipes",
+    "RunResult": "workbench",
+    "execute": "workbench",
+    "RunReport": "report",
+    "write_html": "report",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -62,6 +76,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from nni_prune_ext.allocation import LayerLimit, Limits, Target, allocate
     from nni_prune_ext.certificate import Certificate, remove_channels, verify_groups
+    from nni_prune_ext.checkpoints import Checkpoints
     from nni_prune_ext.costs import Costs, count_costs
     from nni_prune_ext.data.batches import BatchLoader, split_batches
     from nni_prune_ext.data.image_arrays import DataSource
@@ -71,11 +86,26 @@ if TYPE_CHECKING:
     from nni_prune_ext.export.parity import check_parity
     from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
     from nni_prune_ext.methods.base import MethodSpec, Outcome, Phase, PruningMethod
+    from nni_prune_ext.methods.options import search_space
     from nni_prune_ext.models.loading import build_model, load_weights, save_weights
     from nni_prune_ext.pipeline import PruneResult, prune
     from nni_prune_ext.plan import PruningPlan, plan_from_channels, plan_from_masks, plan_to_masks
+    from nni_prune_ext.recipes import Recipe, load_recipe
+    from nni_prune_ext.report import RunReport, write_html
     from nni_prune_ext.surgery import Removal, remap_optimizer, silence_channels
-    from nni_prune_ext.training import TrainingSettings, accuracy, fit, recalibrate_batchnorm
+    from nni_prune_ext.training import (
+        Distillation,
+        EpochLog,
+        ParameterGroup,
+        StepLog,
+        TrainingSettings,
+        Watcher,
+        accuracy,
+        distilled,
+        fit,
+        recalibrate_batchnorm,
+    )
+    from nni_prune_ext.workbench import RunResult, execute
 
 
 def __getattr__(name: str) -> object:

@@ -29,6 +29,8 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 FORMAT = 1
 _IDENTITY, _VALUES, _TENSORS = "identity.json", "state.json", "tensors.safetensors"
+_SHOWN = 60
+"""Characters of a value in a message."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,6 +63,7 @@ class Checkpoints:
         self.identity: dict[str, Json] = json.loads(json.dumps(identity))
         self.keep = max(keep, 1)
         self.tell = tell or _LOG.warning
+        self._damaged: set[int] = set()
         self._check_identity()
 
     def stage(self, name: str, identity: Mapping[str, Json] | None = None) -> Checkpoints:
@@ -72,7 +75,7 @@ class Checkpoints:
         return Checkpoints(self.folder / name, {**self.identity, **(identity or {})}, keep=self.keep, tell=self.tell)
 
     def save(self, values: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
-        """Writes the next checkpoint and removes those that are too many.
+        """Writes the next checkpoint and removes those that are too many, and those that were found damaged.
 
         Raises:
             OutputError: it cannot be written; the checkpoints before are untouched.
@@ -96,7 +99,8 @@ class Checkpoints:
                 f"Checkpoint {number} cannot be written to '{self.folder}' ({error}). Expected a writable folder with "
                 f"free space; the checkpoints before it are whole. Make space, then resume."
             ) from error
-        for old in sorted(self._numbers())[: -self.keep]:
+        whole = sorted(set(self._numbers()) - self._damaged)
+        for old in {*whole[: -self.keep], *self._damaged}:
             shutil.rmtree(self.folder / f"{old:06d}", ignore_errors=True)
 
     def latest(self) -> Saved | None:
@@ -112,6 +116,7 @@ class Checkpoints:
             try:
                 return _read(self.folder / f"{number:06d}", number)
             except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+                self._damaged.add(number)
                 self.tell(
                     f"checkpoint {number} in '{self.folder}' is damaged ({error}); falling back to the one before it"
                 )
@@ -160,7 +165,7 @@ def differences(saved: Json, now: Json, path: str = "") -> list[str]:
             for key in sorted({*saved, *now})
             for text in differences(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
-    return [] if saved == now else [f"{path or 'it'} was {_short(saved)}, is {_short(now)}"]
+    return [] if saved == now else [f"{path or 'it'} was {_short(saved, now)}, is {_short(now, saved)}"]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -176,7 +181,7 @@ def fingerprint(model: nn.Module) -> str:
 def _write(folder: Path, values: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
     path = folder / _TENSORS
     safetensors.torch.save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
-    with path.open("rb") as handle:
+    with path.open("rb+") as handle:  # Windows flushes only what is open for writing
         os.fsync(handle.fileno())
     text = json.dumps({"names": list(tensors), "values": values})
     hashes = {"tensors": _hash(path), "hash": hashlib.sha256(text.encode()).hexdigest()}
@@ -213,6 +218,12 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _short(value: Json) -> str:
+def _short(value: Json, other: Json) -> str:
+    """Returns a text of a value that shows where it differs from another one."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    if len(text) <= _SHOWN:
+        return text
+    alike = next((k for k, (own, its) in enumerate(zip(text, repr(other))) if own != its), 0)
+    start = max(alike - _SHOWN // 2, 0)
+    part = text[start : start + _SHOWN]
+    return f"{'…' if start else ''}{part}{'…' if start + _SHOWN < len(text) else ''}"

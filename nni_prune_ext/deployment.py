@@ -1,24 +1,28 @@
 """From a compact model to artefacts: plan, weights, checked ONNX, accuracy and latency on the runtimes.
 
-An artefact folder holds ``plan.json``, ``model.safetensors``, ``model.onnx`` and, where known, ``model.json``; the
-compact PyTorch model is rebuilt from the original model code with ``load_pruned``.
+An artefact folder holds ``plan.json``, ``model.safetensors``, ``model.onnx``, ``model.json``, weight masks and a gated
+network where there are any, and ``manifest.json`` with the hash of each. ``load_pruned``, ``load_masks`` and
+``load_gated`` read it back.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias, cast
 
 import numpy as np
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import PluginError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, environment, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
+    GATED,
+    MASKS,
     ONNX,
     PLAN,
     WEIGHTS,
@@ -29,16 +33,23 @@ from nni_prune_ext.export.artefact_folder import (
     remove_artefacts,
     remove_earlier_run,
 )
+from nni_prune_ext.export.artefact_loading import check_rebuilds
+from nni_prune_ext.export.artefact_loading import load_gated as load_gated
+from nni_prune_ext.export.artefact_loading import load_masks as load_masks
+from nni_prune_ext.export.artefact_loading import load_pruned as load_pruned
+from nni_prune_ext.export.example_structure import ExampleStructure
+from nni_prune_ext.export.manifest import MethodUse, write_manifest
+from nni_prune_ext.export.manifest import add_parts as add_parts
 from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
 from nni_prune_ext.export.parity import FAIL
+from nni_prune_ext.export.weight_masks import check_masks, mask_facts, write_tensors
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
-from nni_prune_ext.models.weights import load_weights, save_weights
+from nni_prune_ext.models.weights import save_weights
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
 from nni_prune_ext.runtimes.base import InferenceRuntime, RunnableModel
-from nni_prune_ext.surgery import cut_channels
 from nni_prune_ext.training import accuracy
 
 ImageBatches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
@@ -62,6 +73,9 @@ def write_artefacts(
     properties: Mapping[str, str] | None = None,
     given_inputs: Sequence[ExampleInputs] | None = None,
     spec: ModelSpec | None = None,
+    weight_masks: Mapping[str, Tensor] | None = None,
+    gated_model: nn.Module | None = None,
+    method: MethodUse | None = None,
     fail: float = FAIL,
 ) -> Artefacts:
     """Writes weights, plan and a checked ONNX file of a (compact or dense) model: all of them, or none on an error.
@@ -71,45 +85,51 @@ def write_artefacts(
         properties: further ONNX metadata.
         given_inputs: real inputs for the parity check.
         spec: how the original model is built, so that ``export --artefact`` needs no further options.
+        weight_masks: name of a parameter of the model → bool mask; the weights are zero wherever it is ``False``.
+        gated_model: the network whose channels are switched per input; its weights are written.
+        method: how the model was pruned, so that ``load_gated`` knows who rebuilds the gated network.
         fail: largest relative difference between ONNX Runtime and PyTorch that is let pass.
 
     Raises:
         OutputError: the folder cannot be written.
+        ArtefactError: the masks are not those of the weights, or the method would rebuild another gated network.
         ExportError: no ONNX file can be made, or its outputs differ from PyTorch's.
     """
     facts = dict(properties or {})
+    if weight_masks:
+        check_masks(weight_masks, model.state_dict(), source="What was given to write_artefacts")
+    if gated_model is not None:
+        check_rebuilds(method, model, gated_model, example_inputs)
     with complete_or_absent(folder) as draft:
         if plan is not None:
             plan.save(draft / PLAN)
             facts["plan"] = plan.to_json()
         if spec is not None:
-            spec.save(draft)
-            facts["model"] = spec.model_dump_json()
+            facts["model"] = spec.model_dump_json(exclude={"example"})
+        _save_spec(spec, example_inputs, draft)
         save_weights(model, draft / WEIGHTS)
+        if weight_masks:
+            write_tensors(weight_masks, draft / MASKS)
+        if gated_model is not None:
+            write_tensors(gated_model.state_dict(), draft / GATED)
         made = export_onnx(model, example_inputs, draft / ONNX, properties=facts, given_inputs=given_inputs, fail=fail)
+        write_manifest(draft, method=method, masks=mask_facts(weight_masks or {}))
         remove_artefacts(folder)
     return Artefacts(folder, folder / ONNX, _at(made, folder))
+
+
+def _save_spec(spec: ModelSpec | None, example_inputs: ExampleInputs, folder: Path) -> None:
+    """Writes how the model is built and called, as far as that is known."""
+    example = ExampleStructure.of(example_inputs)
+    if spec is None and example is not None and len(example.tensors[0].shape) > 1:
+        spec = ModelSpec(input_shape=example.tensors[0].shape)
+    if spec is not None:
+        spec.model_copy(update={"example": example}).save(folder)
 
 
 def _at(made: ExportResult, folder: Path) -> ExportResult:
     data = made.data_path and folder / made.data_path.name
     return replace(made, path=folder / made.path.name, data_path=data)
-
-
-def load_pruned(model: nn.Module, folder: Path, example_inputs: ExampleInputs) -> nn.Module:
-    """Rebuilds the compact model of an artefact folder from the original model code.
-
-    Args:
-        model: the original model, with any weights.
-
-    Raises:
-        PlanError: the folder has no usable plan, or the plan is for another model.
-        WeightsError: the weights are missing or do not fit.
-    """
-    plan = PruningPlan.load(folder / PLAN)
-    compact = cut_channels(model, plan, example_inputs).model
-    load_weights(compact, folder / WEIGHTS)
-    return compact
 
 
 def runtime(name: str) -> InferenceRuntime:
@@ -164,12 +184,22 @@ class Variant:
         model: the network as it would ship.
         result: how it was pruned; ``None`` for a dense network.
         seconds: what it took to get there.
+        options: the full configuration of the method, as JSON values.
     """
 
     name: str
     model: nn.Module
     result: PruneResult | None = None
     seconds: float | None = None
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How long latency is measured: at least so many rounds, and at least so many seconds for all rounds together."""
+
+    rounds: int = 30
+    min_seconds: float = 2.0
 
 
 def compare_variants(
@@ -181,7 +211,8 @@ def compare_variants(
     progress: Callable[[str], None] | None = None,
     spec: ModelSpec | None = None,
     overwrite: bool = True,
-) -> tuple[list[Row], LatencyReport]:
+    measurement: Measurement | None = Measurement(),
+) -> tuple[list[Row], LatencyReport | None]:
     """Writes the artefacts of every variant and measures all side by side; the first one is the dense reference.
 
     On an error the folder is as it was before. A pruned network may differ from PyTorch by up to twice as much as the
@@ -193,9 +224,10 @@ def compare_variants(
         progress: is told what is being done.
         spec: how the original model is built.
         overwrite: replace an earlier run in the folder; otherwise the folder must be empty.
+        measurement: how long latency is measured; ``None`` measures none.
 
     Returns:
-        one row per variant, and the latency measurement behind it.
+        one row per variant, and the latency measurement behind it, if there is one.
 
     Raises:
         OutputError, ExportError: see ``write_artefacts``.
@@ -209,28 +241,51 @@ def compare_variants(
         for variant in variants:
             tell(f"exporting and checking {variant.name}")
             fail = _parity_limit(variant, rows)
-            files = write_artefacts(
-                variant.model,
-                draft / variant.name,
-                example_inputs,
-                plan=variant.result.plan if variant.result else None,
-                given_inputs=given,
-                properties=_origin(variant),
-                spec=spec,
-                fail=fail,
-            )
-            row = replace(_row(variant, files, example_inputs), parity_limit=fail)
+            files = _write_variant(variant, draft, example_inputs, given_inputs=given, spec=spec, fail=fail)
+            row = replace(_row(variant, files, example_inputs, control=bool(rows)), parity_limit=fail)
             tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
             rows.append(row if test_batches is None else _with_accuracy(row, variant, files.onnx, test_batches))
-        tell("measuring latency, all networks side by side")
-        if images is None:
-            images = next(tensors_in(example_inputs))
-        latency = compare_latency({variant.name: draft / variant.name / ONNX for variant in variants}, images)
+        latency = None
+        if measurement is not None:
+            tell("measuring latency, all networks side by side")
+            if images is None:
+                images = next(tensors_in(example_inputs))
+            files_by_name = {variant.name: draft / variant.name / ONNX for variant in variants}
+            latency = compare_latency(
+                files_by_name, images, rounds=measurement.rounds, min_seconds=measurement.min_seconds
+            )
         remove_earlier_run(folder)
+    return rows if latency is None else _with_latency(rows, latency), latency
+
+
+def _with_latency(rows: Sequence[Row], latency: LatencyReport) -> list[Row]:
     measured = {row.name: row for row in latency.rows}
-    return [
-        replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio) for row in rows
-    ], latency
+    return [replace(row, latency_ms=measured[row.name].p50_ms, latency_ratio=measured[row.name].ratio) for row in rows]
+
+
+def _write_variant(
+    variant: Variant,
+    folder: Path,
+    example_inputs: ExampleInputs,
+    *,
+    given_inputs: Sequence[ExampleInputs] | None,
+    spec: ModelSpec | None,
+    fail: float,
+) -> Artefacts:
+    result = variant.result
+    return write_artefacts(
+        variant.model,
+        folder / variant.name,
+        example_inputs,
+        plan=result.plan if result else None,
+        given_inputs=given_inputs,
+        properties=_origin(variant),
+        spec=spec,
+        weight_masks=result.outcome.weight_masks if result else None,
+        gated_model=result.outcome.gated_model if result else None,
+        method=MethodUse(name=result.method, options=dict(variant.options)) if result else None,
+        fail=fail,
+    )
 
 
 def _parity_limit(variant: Variant, rows: Sequence[Row]) -> float:
@@ -262,7 +317,7 @@ def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: ImageBatches
     )
 
 
-def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) -> Row:
+def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs, *, control: bool) -> Row:
     result, parity = variant.result, artefacts.export.parity
     costs = result.costs if result else count_costs(variant.model, example_inputs)
     certificate = result.certificate if result else None
@@ -277,7 +332,15 @@ def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs) 
         if result
         else "",
         seconds=variant.seconds,
+        weight_sparsity=_masked_share(result, costs.params) if result else None,
+        kind="pruned" if result else "control" if control else "dense",
     )
+
+
+def _masked_share(result: PruneResult, params: int) -> float | None:
+    """Returns the share (0–1) of the weights left that a weight mask holds at zero; ``None`` without masks."""
+    masks = result.outcome.weight_masks
+    return sum(int((~mask).sum()) for mask in masks.values()) / params if masks else None
 
 
 def _targets(result: PruneResult) -> list[dict[str, object]]:
@@ -287,16 +350,18 @@ def _targets(result: PruneResult) -> list[dict[str, object]]:
     ]
 
 
-def measurement_facts(latency: LatencyReport) -> dict[str, object]:
+def measurement_facts(latency: LatencyReport | None) -> dict[str, object]:
     """Returns the conditions of a measurement: machine, versions, protocol, samples."""
-    return {"environment": environment(), "latency": latency.to_dict()}
+    return {"environment": environment(), "latency": latency.to_dict() if latency else None}
 
 
-def latency_caption(latency: LatencyReport, without_data: bool = False) -> str:
+def latency_caption(latency: LatencyReport | None, without_data: bool = False) -> str:
     """Returns the line under a table that says how latency was measured."""
-    how = f"latency: {latency.clock} time, {latency.threads} thread, batch {latency.batch_size}"
-    missing = "; no data given: accuracy not measured" if without_data else ""
-    return f"{how}, A/A error {100 * latency.error_bar:.1f} %{missing}"
+    how = "latency: not measured"
+    if latency is not None:
+        how = f"latency: {latency.clock} time, {latency.threads} thread, batch {latency.batch_size}"
+        how += f", A/A error {100 * latency.error_bar:.1f} %"
+    return how + ("; no data given: accuracy not measured" if without_data else "")
 
 
 def result_facts(result: PruneResult) -> dict[str, object]:

@@ -7,11 +7,17 @@ import sys
 import typer
 
 from nni_prune_ext import __version__
+from nni_prune_ext.cli.benchmark import benchmark
 from nni_prune_ext.cli.export import export
 from nni_prune_ext.cli.list_plugins import list_plugins
 from nni_prune_ext.cli.plan import plan
 from nni_prune_ext.cli.prune import prune
-from nni_prune_ext.errors import NniPruneExtError
+from nni_prune_ext.cli.report import report
+from nni_prune_ext.cli.run import run
+from nni_prune_ext.errors import CertificateError, NniPruneExtError, ParityError, TrainingError
+
+HONEST_FAILURES = (CertificateError, ParityError, TrainingError)
+"""The work was done as asked and failed: exit code 1. Every other mistake is the user's to mend: 2."""
 
 app = typer.Typer(
     name="nni-prune-ext",
@@ -24,7 +30,10 @@ app = typer.Typer(
 app.command("list")(list_plugins)
 app.command("plan")(plan)
 app.command("prune")(prune)
+app.command("run")(run)
 app.command("export")(export)
+app.command("benchmark")(benchmark)
+app.command("report")(report)
 
 
 @app.callback(invoke_without_command=True)
@@ -35,10 +44,10 @@ def _version(show: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one clear message and exit code 2."""
+    """Runs the command line; a mistake is one clear message; exit codes: 0 done, 1 honest failure, 2 usage."""
     sys.path.insert(0, "")  # so that module.path:factory finds the user's own modules
     try:
         app()
     except NniPruneExtError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, HONEST_FAILURES) else 2)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json as json_text
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nni_prune_ext.cli import options as o
+
+if TYPE_CHECKING:
+    from nni_prune_ext.export.onnx_static import ExportResult
 
 
 def export(
@@ -22,6 +26,7 @@ def export(
     image_size: o.ImageSize = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
     seed: o.Seed = 0,
+    json: o.Json = False,
 ) -> None:
     """Writes one ONNX file with dynamic batch and checks it against PyTorch on ONNX Runtime."""
     from nni_prune_ext.certificate import remove_channels  # imported here to keep --help instant
@@ -53,16 +58,31 @@ def export(
         seed=seed,
         known=ModelSpec.load(artefact) if artefact is not None else None,
     )
-    network, properties = job.model, {"model": job.spec.model_dump_json()}
+    network, properties = job.model, {"model": job.spec.model_dump_json(exclude={"example"})}
     if artefact is not None:
         network = load_pruned(job.model, artefact, job.example)
-        properties["plan"] = (artefact / "plan.json").read_text()
+        properties["plan"] = (artefact / "plan.json").read_text(encoding="utf-8")
     elif loaded is not None:
         network = remove_channels(job.model, loaded, job.example, seed=seed).model
         properties["plan"] = loaded.to_json()
     out.parent.mkdir(parents=True, exist_ok=True)
     result = export_onnx(network, job.example, out, opset=opset, properties=properties)
+    _tell(result, out, opset, as_json=json)
+
+
+def _tell(result: ExportResult, out: Path, opset: int, *, as_json: bool) -> None:
     assert result.parity is not None
+    if as_json:
+        facts = {
+            "path": str(out),
+            "size_bytes": result.size_bytes,
+            "opset": opset,
+            "exporter": result.exporter,
+            "fallback_reason": result.fallback_reason,
+            "parity": {"max_rel": result.parity.max_rel, "num_inputs": result.parity.num_inputs},
+        }
+        typer.echo(json_text.dumps({"event": "done", **facts}))
+        return
     typer.echo(
         f"{out}: {result.size_bytes:,} bytes, opset {opset}, exporter {result.exporter}, largest relative difference "
         f"to PyTorch {result.parity.max_rel:.1e} over {result.parity.num_inputs} inputs"

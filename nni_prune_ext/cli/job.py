@@ -1,33 +1,95 @@
-"""What the verbs share: opening the user's model and data, reading limits and options."""
+"""What the verbs share: options become a recipe, a recipe is carried out, and its result is told."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from nni_prune_ext.cli.options import RECIPE_KEYS
 from nni_prune_ext.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from nni_prune_ext.allocation import Limits
-    from nni_prune_ext.data.sources import DataSource
     from nni_prune_ext.export.artefact_folder import ModelSpec
     from nni_prune_ext.graph.channel_groups import ChannelGroups
+    from nni_prune_ext.recipes import KeyPath, Origins, Recipe
+    from nni_prune_ext.workbench import Job, RunResult
 
 
-@dataclass
-class Job:
-    """A model with example inputs and, where given, data; and what is needed to build the model again."""
+def recipe_of(context: typer.Context, settings: Sequence[str], *, method: str | None, complete: bool = True) -> Recipe:
+    """Returns the recipe that the options of a command say, checked; messages name the options.
 
-    model: nn.Module
-    spec: ModelSpec
-    example: tuple[torch.Tensor, ...]
-    source: DataSource | None
+    Args:
+        settings: ``--set`` texts, which win.
+        complete: the recipe must say all that a run needs.
+    """
+    from nni_prune_ext.recipes import Origins, override, recipe_from  # imported here to keep --help instant
+
+    values: dict[str, object] = {"method": method}
+    origins = Origins("command line")
+    set_options(context, values, origins)
+    override(values, origins, settings)
+    return recipe_from(values, origins=origins, complete=complete)
+
+
+def set_options(context: typer.Context, values: dict[str, object], origins: Origins) -> None:
+    """Sets what was given on the command line in the nested values of a recipe."""
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name in RECIPE_KEYS and getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
+    }
+    if given.get("image_size") and not given.get("data") and "input_shape" not in given and "model" in given:
+        size = given.pop("image_size")  # without data it is the size of the example input
+        given["input_shape"] = f"1,3,{size},{size}"
+    for name, value in given.items():
+        path: tuple[str, ...] = tuple(RECIPE_KEYS[name].split("."))
+        place = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        if name == "option":
+            _put_each(values, origins, path, read_options(_texts(value)), "--option")
+        elif name == "layer":
+            _put_each(values, origins, path, read_layers(_texts(value)), "--layer")
+        else:
+            _put(values, path, list(value) if isinstance(value, (list, tuple)) else value)
+            origins.places[path] = "--no-" + place[2:] if value is False else place
+
+
+def carry_out(recipe: Recipe, *, dry_run: bool, resume: bool, overwrite: bool, as_json: bool) -> None:
+    """Carries out a recipe and tells what came of it; a missed target ends the command with exit code 1."""
+    from nni_prune_ext.cli.progress import progress_watcher  # imported here to keep --help instant
+    from nni_prune_ext.training import Watcher
+    from nni_prune_ext.training.processes import is_main
+    from nni_prune_ext.workbench import checked_folder, execute
+
+    if dry_run:
+        if recipe.out is not None:
+            checked_folder(recipe, resume=resume, overwrite=overwrite)
+        _tell_work(recipe, as_json=as_json)
+        return
+    with progress_watcher(as_json) if is_main() else nullcontext(Watcher()) as watcher:
+        result = execute(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
+    if not is_main():
+        return
+    if as_json:
+        tell_json("done", **result.summary())
+    else:
+        _show(recipe, result)
+    if not result.met and not result.already_done:
+        raise typer.Exit(1)
+
+
+def _tell_work(recipe: Recipe, *, as_json: bool) -> None:
+    from nni_prune_ext.workbench import prepare, work_to_do  # imported here to keep --help instant
+
+    work = work_to_do(prepare(recipe))
+    if as_json:
+        tell_json("dry-run", recipe=recipe.model_dump(mode="json"), work=work)
+    else:
+        typer.echo(recipe.to_yaml() + "".join(f"# {line}\n" for line in work) + "# dry run: nothing was written")
 
 
 def open_job(
@@ -51,37 +113,33 @@ def open_job(
     Args:
         known: what an artefact folder says about classes and inputs; the options given win.
     """
-    import torch  # imported here to keep --help instant
+    from nni_prune_ext import workbench  # imported here to keep --help instant
+    from nni_prune_ext.recipes import Origins, recipe_from
 
-    from nni_prune_ext.data.sources import open_data
-    from nni_prune_ext.export.artefact_folder import ModelSpec
-    from nni_prune_ext.models.loading import build_model
-
-    torch.manual_seed(seed)
-    source = None
+    values: dict[str, dict[str, object]] = {
+        "model": {
+            "name": model,
+            "weights": weights,
+            "pretrained": pretrained,
+            "num_classes": num_classes,
+            "input_shape": input_shape,
+        }
+    }
     if data is not None:
-        source = open_data(
-            data,
-            image_size=image_size,
-            limit=limit_images,
-            seed=seed,
-            download=download,
-            mean=_floats("--mean", mean),
-            std=_floats("--std", std),
-        )
-    if input_shape:
-        shape = _shape(input_shape, model)
-    elif source:
-        shape = (1, *source.input_shape)
-    elif known and not image_size:
-        shape = known.input_shape
-    else:
-        shape = (1, known.input_shape[1] if known else 3, *_default_size(model, image_size))
-    described = source or known
-    classes = described.num_classes if num_classes is None and described else num_classes
-    network = build_model(model, num_classes=classes, in_channels=shape[1], weights=weights, pretrained=pretrained)
-    spec = ModelSpec(model=model, num_classes=classes, input_shape=shape)
-    return Job(network, spec, (torch.randn(shape),), source)
+        values["data"] = {
+            "source": data,
+            "image_size": image_size,
+            "limit_images": limit_images,
+            "download": download,
+            "mean": mean,
+            "std": std,
+        }
+    places: dict[KeyPath, str] = {
+        tuple(key.split(".")): f"--{name.replace('_', '-')}" for name, key in RECIPE_KEYS.items() if name != "model"
+    }
+    origins = Origins("command line", {**places, ("model", "name"): "MODEL"})
+    recipe = recipe_from({**values, "seed": seed}, origins=origins, complete=False)
+    return workbench.open_job(recipe, known=known, image_size=image_size)
 
 
 def tell_what_is_not_pruned(groups: ChannelGroups) -> None:
@@ -96,39 +154,34 @@ def tell_what_is_not_pruned(groups: ChannelGroups) -> None:
         )
 
 
-def read_limits(max_ratio: float, min_channels: int, multiple: int, exclude: list[str], layer: list[str]) -> Limits:
-    """Reads the options that limit a plan; ``layer`` entries are ``PATTERN=MIN:MAX``."""
-    from pydantic import ValidationError  # imported here to keep --help instant
+def read_layers(texts: Sequence[str]) -> dict[str, object]:
+    """Reads ``PATTERN=MIN:MAX`` limits of layers.
 
-    from nni_prune_ext.allocation import LayerLimit, Limits
-
-    layers = {}
-    for text in layer:
+    Raises:
+        ConfigError: a text is not of this form.
+    """
+    layers: dict[str, object] = {}
+    for text in texts:
         pattern, _, span = text.rpartition("=")
         low, _, high = span.partition(":")
         try:
-            layers[pattern] = LayerLimit(min_ratio=float(low or 0), max_ratio=float(high or 1))
+            layers[pattern] = {"min_ratio": float(low or 0), "max_ratio": float(high or 1)}
         except ValueError as error:
             raise ConfigError(
                 f"Cannot read the layer limit '{text}'. Expected PATTERN=MIN:MAX with ratios in 0–1, for "
                 "example 'layer1.*=0:0.3'."
             ) from error
-    try:
-        return Limits(
-            max_ratio=max_ratio, min_channels=min_channels, multiple=multiple, exclude=tuple(exclude), layers=layers
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{name} is {first['input']!r}: {first['msg']}. Change it.") from error
+    return layers
 
 
-def read_options(options: list[str]) -> dict[str, object]:
-    """Reads ``KEY=VALUE`` options of a method; values are JSON where they parse, text otherwise."""
-    import json  # imported here beside its only use
+def read_options(texts: Sequence[str]) -> dict[str, object]:
+    """Reads ``KEY=VALUE`` options of a method; values are JSON where they parse, text otherwise.
 
+    Raises:
+        ConfigError: a text is not of this form.
+    """
     result: dict[str, object] = {}
-    for text in options:
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"Cannot read the option '{text}'. Expected KEY=VALUE, for example steps=4.")
@@ -139,33 +192,44 @@ def read_options(options: list[str]) -> dict[str, object]:
     return result
 
 
-def _shape(text: str, model: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError as error:
-        raise ConfigError(
-            f"Cannot read the input shape '{text}'. Expected N,C,H,W, for example 1,3,224,224."
-        ) from error
-    takes_images = ":" not in model or model.startswith(("cifar:", "torchvision:", "timm:"))
-    if len(shape) < (4 if takes_images else 2) or min(shape) < 1:
-        raise ConfigError(
-            f"The input shape '{text}' is not usable for '{model}'. Expected positive sizes N,C,H,W: batch, channels, "
-            "height and width. Give for example --input-shape 1,3,224,224."
-        )
-    return shape
+def _texts(value: object) -> list[str]:
+    return [str(text) for text in value] if isinstance(value, (list, tuple)) else []
 
 
-def _floats(option: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"Cannot read {option} '{text}'. Expected one number per channel, for example 0.485,0.456,0.406."
-        ) from error
+def _put_each(
+    values: dict[str, object], origins: Origins, path: tuple[str, ...], found: Mapping[str, object], option: str
+) -> None:
+    for key, value in found.items():
+        full = (*path, key)
+        _put(values, full, value)
+        origins.places[full] = f"{option} {key}"
 
 
-def _default_size(model: str, image_size: int | None) -> tuple[int, int]:
-    size = image_size or (224 if ":" in model and not model.startswith("cifar:") else 32)
-    return size, size
+def _put(values: dict[str, object], path: Sequence[str], value: object) -> None:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        assert isinstance(inner, dict)  # a recipe file's own short forms are written out before
+        values = inner
+    values[path[-1]] = value
+
+
+def tell_json(event: str, **facts: object) -> None:
+    """Prints one line of JSON."""
+    typer.echo(json.dumps({"event": event, **facts}, default=str))
+
+
+def _show(recipe: Recipe, result: RunResult) -> None:
+    from rich.console import Console  # imported here to keep --help instant
+
+    from nni_prune_ext.report import before_after_table
+
+    if result.already_done:
+        typer.echo(f"already done: {result.folder} holds the finished run of this recipe; report in {result.report}")
+        return
+    if result.groups is not None:
+        tell_what_is_not_pruned(result.groups)
+    console = Console(width=160)
+    console.print(before_after_table(result.rows, title=result.title, caption=result.caption))
+    for sentence in result.targets:
+        console.print(sentence, highlight=False)
+    console.print(f"artefacts in {result.artefacts[-1]}, report in {result.report}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The options that several verbs take, with one wording each."""
+"""The options that several verbs take, with one wording each, and the recipe key that each one sets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,52 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
+
+RECIPE_KEYS = {
+    "model": "model.name",
+    "weights": "model.weights",
+    "pretrained": "model.pretrained",
+    "num_classes": "model.num_classes",
+    "input_shape": "model.input_shape",
+    "data": "data.source",
+    "batch_size": "data.batch_size",
+    "image_size": "data.image_size",
+    "limit_images": "data.limit_images",
+    "download": "data.download",
+    "mean": "data.mean",
+    "std": "data.std",
+    "method": "method",
+    "option": "options",
+    "target": "target",
+    "max_ratio": "limits.max_ratio",
+    "min_channels": "limits.min_channels",
+    "multiple": "limits.multiple",
+    "exclude": "limits.exclude",
+    "layer": "limits.layers",
+    "scope": "scope",
+    "epochs": "recovery.epochs",
+    "optimizer": "training.optimizer",
+    "learning_rate": "training.learning_rate",
+    "weight_decay": "training.weight_decay",
+    "schedule": "training.schedule",
+    "warmup_epochs": "training.warmup_epochs",
+    "precision": "training.precision",
+    "channels_last": "training.channels_last",
+    "accumulation_steps": "training.accumulation_steps",
+    "patience": "training.patience",
+    "loss": "loss",
+    "distill": "distillation.weight",
+    "temperature": "distillation.temperature",
+    "control": "control",
+    "measure": "measure",
+    "device": "device",
+    "keep_checkpoints": "keep_checkpoints",
+    "seed": "seed",
+    "out": "out",
+}
+"""Option → the key of a recipe that it sets."""
+NOT_IN_RECIPES = ("recipe", "settings", "save", "dry_run", "resume", "overwrite", "json")
+"""Options about the command itself."""
 
 ModelName: TypeAlias = Annotated[
     str, typer.Argument(help="resnet56, torchvision:NAME, timm:NAME, or module.path:factory.", show_default=False)
@@ -48,3 +94,14 @@ ScopeOption: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Settings: TypeAlias = Annotated[
+    list[str], typer.Option("--set", help="KEY=VALUE of any recipe key, for example training.gamma=0.2; repeatable.")
+]
+DryRun: TypeAlias = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, show the whole recipe and the work; write nothing.")
+]
+Resume: TypeAlias = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out where it was interrupted.")
+]
+Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object per line, for machines.")]

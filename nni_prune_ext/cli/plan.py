@@ -1,4 +1,4 @@
-"""``plan``: a dry run that says what hangs together, what is reachable, and what would go."""
+"""``plan``: says what hangs together, what is reachable, and what would go; trains and writes nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 from nni_prune_ext.cli import options as o
 
 if TYPE_CHECKING:
-    from nni_prune_ext.costs import Costs
-    from nni_prune_ext.graph.channel_groups import ChannelGroups
     from nni_prune_ext.pipeline import PruneResult
+    from nni_prune_ext.workbench import Prepared
 
 
 def plan(
+    context: typer.Context,
     model: o.ModelName,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -37,74 +37,53 @@ def plan(
     layer: o.LayerLimits = [],  # noqa: B006
     scope: o.ScopeOption = "global",
     batch_size: o.BatchSize = 128,
+    settings: o.Settings = [],  # noqa: B006
     seed: o.Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the plan as JSON here.")] = None,
+    json: o.Json = False,
 ) -> None:
     """Lists channel groups, protected layers and the feasible range; with --target also what would go."""
-    from nni_prune_ext.allocation import CostModel, check_feasible  # imported here to keep --help instant
-    from nni_prune_ext.certificate import verify_groups
-    from nni_prune_ext.cli.job import open_job, read_limits, read_options
-    from nni_prune_ext.costs import count_costs
-    from nni_prune_ext.data.batches import split_batches
+    from nni_prune_ext.cli.job import recipe_of  # imported here to keep --help instant
     from nni_prune_ext.export.artefact_folder import check_writable
-    from nni_prune_ext.graph.channel_groups import trace_channel_groups
-    from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
-    from nni_prune_ext.pipeline import prune as run_prune
+    from nni_prune_ext.pipeline import prune
+    from nni_prune_ext.workbench import prepare
 
-    chosen = read_options(option)
-    method_options(method_spec(method), chosen)
-    targets = parse_targets(target) if target else ()
-    limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
-    checked = checked_scope(scope)
+    recipe = recipe_of(context, settings, method=method, complete=False)
     if save is not None:
         check_writable(save.parent)
-    job = open_job(
-        model,
-        weights=weights,
-        pretrained=pretrained,
-        data=data,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        image_size=image_size,
-        limit_images=limit_images,
-        download=download,
-        mean=mean,
-        std=std,
-        seed=seed,
-    )
-    groups = verify_groups(job.model, job.example, trace_channel_groups(job.model, job.example), seed=seed)
-    dense = count_costs(job.model, job.example)
-    lowest = check_feasible(CostModel.of(job.model, groups, dense), targets, limits)
+    prepared = prepare(recipe)
     result = None
-    if targets:
-        result = run_prune(
-            job.model,
-            job.example,
-            method=method,
-            target=targets,
-            options=chosen,
-            limits=limits,
-            scope=checked,
-            train_batches=split_batches(job.source, "train", batch_size, seed=seed) if job.source else None,
-            groups=groups,
-            seed=seed,
+    if recipe.target:
+        result = prune(
+            prepared.job.model,
+            prepared.job.example,
+            method=recipe.method or method,
+            target=recipe.target,
+            options=recipe.options,
+            limits=recipe.limits,
+            scope=recipe.scope,
+            train_batches=prepared.training_batches(),
+            loss=prepared.loss,
+            settings=recipe.training,
+            groups=prepared.groups,
+            seed=recipe.seed,
         )
-    _show(model, groups, dense, lowest, result)
+    (_show_json if json else _show)(prepared, result)
     if result is not None and save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
         result.plan.save(save)
-        typer.echo(f"plan written to {save}")
+        typer.echo(f"plan written to {save}", err=json)
 
 
-def _show(
-    model: str, groups: ChannelGroups, dense: Costs, lowest: dict[str, float], result: PruneResult | None
-) -> None:
+def _show(prepared: Prepared, result: PruneResult | None) -> None:
     from rich.console import Console  # imported here to keep --help instant
     from rich.table import Table
 
     from nni_prune_ext.cli.job import tell_what_is_not_pruned
 
-    title = f"{model}: {len(groups)} channel groups, {groups.num_channels} removable channels"
+    groups, dense, lowest = prepared.groups, prepared.dense, prepared.reachable
+    assert groups is not None
+    title = f"{prepared.recipe.model.name}: {len(groups)} channel groups, {groups.num_channels} removable channels"
     table = Table(title=title, title_justify="left")
     for heading in ("root", "channels", "layers", *(["would go"] if result else [])):
         table.add_column(heading)
@@ -125,3 +104,29 @@ def _show(
     )
     for achieved in result.achieved if result else ():
         typer.echo(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}")
+
+
+def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
+    from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
+
+    groups = prepared.groups
+    assert groups is not None
+    removed = result.plan.removed if result else {}
+    tell_json(
+        "plan",
+        model=prepared.recipe.model.name,
+        groups=[
+            {"root": group.name, "channels": group.num_channels, "removed": len(removed.get(group.name, ()))}
+            for group in groups
+        ],
+        protected=[vars(protected) for protected in groups.protected],
+        rewrites=list(groups.rewrites),
+        unreached=list(groups.unreached),
+        value_dependent=list(groups.value_dependent),
+        dense=prepared.dense.as_dict(),
+        reachable=prepared.reachable,
+        targets=[
+            {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
+            for a in (result.achieved if result else ())
+        ],
+    )

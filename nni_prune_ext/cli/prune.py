@@ -1,4 +1,4 @@
-"""``prune``: the main job for one model and one method."""
+"""``prune``: the main job for one model and one method; its options are a recipe in other words."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from nni_prune_ext.cli import options as o
 
 
 def prune(
+    context: typer.Context,
     model: o.ModelName,
-    out: Annotated[Path, typer.Option(help="Folder for report.json and one artefact folder per network.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report and one artefact folder per network.")],
     target: o.Targets,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -33,106 +34,49 @@ def prune(
     layer: o.LayerLimits = [],  # noqa: B006
     scope: o.ScopeOption = "global",
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of recovery after the cut.")] = 0,
+    distill: Annotated[
+        float | None, typer.Option(help="Share of the loss that learns from the dense network's logits, in 0–1.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of the distillation.")] = None,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of all training.")] = 0.01,
+    weight_decay: Annotated[float, typer.Option(help="L2 for sgd, decoupled for adamw.")] = 5e-4,
+    schedule: Annotated[str, typer.Option(help="cosine, step or constant.")] = "cosine",
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear rise to the peak learning rate.")] = 0.0,
     batch_size: o.BatchSize = 128,
+    accumulation_steps: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast in training.")] = "fp32",
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Train in channels-last memory format.")
     ] = False,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without a better validation accuracy.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="module.path:function of (model, batch); cross-entropy by default.")
+    ] = None,
     control: Annotated[
-        bool, typer.Option(help="With --epochs: train the dense network as long, as a row beside it.")
-    ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+        bool | None,
+        typer.Option(
+            "--control/--no-control",
+            help="With training: train the dense network as long, as a row beside it.",
+            show_default="control, where something trains",
+        ),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency side by side.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints when the run is done.")
+    ] = False,
+    settings: o.Settings = [],  # noqa: B006
     seed: o.Seed = 0,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
 ) -> None:
     """Prunes, certifies, recovers, exports to ONNX, checks parity, and measures before and after."""
-    import copy  # imported here to keep --help instant
-    import time
+    from nni_prune_ext.cli.job import carry_out, recipe_of  # imported here to keep --help instant
 
-    from rich.console import Console
-
-    from nni_prune_ext.cli.job import open_job, read_limits, read_options, tell_what_is_not_pruned
-    from nni_prune_ext.data.batches import split_batches
-    from nni_prune_ext.deployment import (
-        Variant,
-        compare_variants,
-        latency_caption,
-        measurement_facts,
-        result_facts,
-    )
-    from nni_prune_ext.export.artefact_folder import check_unused, check_writable
-    from nni_prune_ext.pipeline import checked_scope, method_options, method_spec, parse_targets
-    from nni_prune_ext.pipeline import prune as run_prune
-    from nni_prune_ext.report import before_after_table, write_report
-    from nni_prune_ext.training import EpochLog, checked_settings, fit
-
-    spec, targets = method_spec(method), parse_targets(target)
-    options = read_options(option)
-    method_options(spec, options)
-    limits = read_limits(max_ratio, min_channels, multiple, exclude, layer)
-    settings = checked_settings(learning_rate=learning_rate, precision=precision, channels_last=channels_last)
-    checked = checked_scope(scope)
-    (check_writable if overwrite else check_unused)(out)
-    job = open_job(
-        model,
-        weights=weights,
-        pretrained=pretrained,
-        data=data,
-        num_classes=num_classes,
-        input_shape=input_shape,
-        image_size=image_size,
-        limit_images=limit_images,
-        download=download,
-        mean=mean,
-        std=std,
-        seed=seed,
-    )
-    train = split_batches(job.source, "train", batch_size, seed=seed) if job.source else None
-    test = split_batches(job.source, "test", 500) if job.source else None
-    console = Console(width=160)
-
-    def tell(text: str) -> None:
-        console.print(text, style="dim", highlight=False)
-
-    def show(log: EpochLog) -> None:
-        tell(f"{log.phase} epoch {log.epoch + 1}: loss {log.loss:.4f}, {log.seconds:.0f} s")
-
-    began = time.perf_counter()
-    result = run_prune(
-        job.model,
-        job.example,
-        method=method,
-        target=targets,
-        options=options,
-        limits=limits,
-        scope=checked,
-        train_batches=train,
-        recover_epochs=epochs,
-        settings=settings,
-        seed=seed,
-        on_epoch=show,
-    )
-    tell_what_is_not_pruned(result.groups)
-    variants = [Variant("dense", job.model), Variant(method, result.model, result, time.perf_counter() - began)]
-    trained = len(result.logs)
-    if control and trained and train is not None:
-        longer, began = copy.deepcopy(job.model), time.perf_counter()
-        fit(longer, train, epochs=trained, settings=settings, on_epoch=show, name="dense")
-        variants.insert(1, Variant("dense-trained-longer", longer, seconds=time.perf_counter() - began))
-    rows, latency = compare_variants(
-        variants,
-        out,
-        job.example,
-        test_batches=test,
-        progress=tell,
-        spec=job.spec,
-        overwrite=overwrite,
-    )
-    facts = {"model": model, "data": data, "seed": seed, "recovery_epochs": epochs}
-    write_report(out / "report.json", rows, {**facts, **measurement_facts(latency), **result_facts(result)})
-    console.print(before_after_table(rows, title=f"{model}, {method}", caption=latency_caption(latency, test is None)))
-    for achieved in result.achieved:
-        console.print(
-            f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}", highlight=False
-        )
-    console.print(f"artefacts in {out / method}, report in {out / 'report.json'}", highlight=False)
+    recipe = recipe_of(context, settings, method=method)
+    carry_out(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, as_json=json)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nni_prune_ext.allocation import Allocation
 from nni_prune_ext.graph.channel_groups import ChannelGroups
+from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import Removal
 
@@ -58,7 +59,8 @@ class Outcome:
         plan: channels still to be removed, in the coordinates of the model that the context holds at the end.
         weight_masks: tensor name → bool mask of its shape, ``True`` = kept (unstructured or N:M); ``None`` if there
             are none.
-        gated_model: a network whose channels are switched per input, where that is the product.
+        gated_model: a network whose channels are switched per input, where that is the product. It holds a copy of the
+            model that the context holds at the end: a method cuts first (``context.apply``) and leaves ``plan`` empty.
         facts: numbers worth a line in the report.
     """
 
@@ -177,8 +179,8 @@ class MethodSpec:
         own_optimizers: whether some phase makes optimizers of its own.
         changes_structure: whether channels may be cut before the end, with some options.
         products: what ``Outcome`` holds.
-        build_gated: builds the gated network around a compact model with the same configuration; its weights are then
-            loaded from the artefact. Needed where ``products`` names a gated model.
+        build_gated: builds the gated network around a compact model with the same configuration and example inputs; its
+            weights are then loaded from the artefact. Needed where ``products`` names a gated model.
         demo_options: configuration for a run of about ten seconds on a small network.
     """
 
@@ -191,5 +193,5 @@ class MethodSpec:
     own_optimizers: bool = False
     changes_structure: bool = False
     products: frozenset[Product] = frozenset({"plan"})
-    build_gated: Callable[[nn.Module, Any], nn.Module] | None = None
+    build_gated: Callable[[nn.Module, Any, ExampleInputs], nn.Module] | None = None
     demo_options: Mapping[str, object] = field(default_factory=dict)

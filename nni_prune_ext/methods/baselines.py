@@ -44,16 +44,39 @@ class BaselineOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(default=1, ge=1)
-    schedule: str = "linear"
-    epochs_per_step: int = Field(default=0, ge=0)
-    ratio_policy: str | None = None
+    steps: int = Field(
+        default=1,
+        ge=1,
+        description="number of cuts on the way to the target",
+        json_schema_extra={"source": "one shot, as in arXiv:1608.08710, section 3.4", "search": [1, 10]},
+    )
+    schedule: str = Field(
+        default="linear",
+        description="how far each cut goes; plays no part in one step",
+        json_schema_extra={"source": "ours", "registered": "schedule"},
+    )
+    epochs_per_step: int = Field(
+        default=0,
+        ge=0,
+        description="training epochs after every cut but the last",
+        json_schema_extra={"source": "ours; recovery follows the last cut", "search": [0, 5]},
+    )
+    ratio_policy: str | None = Field(
+        default=None,
+        description="how ratios differ from group to group; none ranks the scores of all groups together",
+        json_schema_extra={"source": "ours; the papers set ratios by hand", "registered": "ratio_policy"},
+    )
 
 
 class TaylorOptions(BaselineOptions):
     """Options of the Taylor baseline: ``batches`` training batches are averaged per score."""
 
-    batches: int = Field(default=8, ge=1)
+    batches: int = Field(
+        default=8,
+        ge=1,
+        description="training batches that are averaged for one score",
+        json_schema_extra={"source": "ours; the paper averages over the batches between two cuts", "search": [1, 32]},
+    )
 
 
 class CriterionPruning(PruningMethod):

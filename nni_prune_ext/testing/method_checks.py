@@ -133,6 +133,11 @@ def _check_result(bench: Bench, result: PruneResult) -> None:
     for when, model in (("compact", result.model), ("unrecovered", result.removed_only)):
         _require(not traces_on(model), f"The {when} model stays clean, but there is {_first(traces_on(model))}.")
     if outcome.gated_model is not None:
+        _require(bench.spec.build_gated is not None, "A method with a gated model says how to build it again.")
+        assert bench.spec.build_gated is not None
+        again = bench.spec.build_gated(copy.deepcopy(result.model), bench.configured(), bench.example)
+        shapes = [{n: t.shape for n, t in net.state_dict().items()} for net in (again, outcome.gated_model)]
+        _require(shapes[0] == shapes[1], "build_gated makes the gated network around the compact model again.")
         output = call_model(copy.deepcopy(outcome.gated_model), bench.example)
         _require(any(True for _ in tensors_in(output)), "The gated model returns tensors.")
     if "plan" not in products:

@@ -53,13 +53,7 @@ def distilled(loss: LossFunction, teacher: nn.Module, settings: Distillation) ->
     Raises:
         ConfigError: a named feature is not a module of the teacher.
     """
-    modules = dict(teacher.named_modules())
-    for name in settings.features:
-        if name not in modules:
-            raise ConfigError(
-                f"The distillation feature '{name}' is not a module of {type(teacher).__name__}. Expected a name of "
-                "named_modules(), for example layer3."
-            )
+    _modules(teacher, settings.features)
     return _Distilled(loss, teacher, settings)
 
 
@@ -78,6 +72,13 @@ class _Distilled:
         with modes_kept(self.teacher), torch.no_grad(), _recorded(self.teacher, self.settings.features) as taught:
             self.teacher.eval()
             self.teacher(*args, **kwargs)
+        for name in self.settings.features:
+            for which, record in (("student", student), ("teacher", taught)):
+                if name not in record.features:
+                    raise ConfigError(
+                        f"The distillation feature '{name}' was not computed by the {which}. Expected a module that "
+                        "the model calls in training and in evaluation mode. Name another one."
+                    )
         total = task
         if self.settings.weight:
             term = soft_cross_entropy(_logits(output), _logits(taught.calls[-1][2]), self.settings.temperature)
@@ -147,13 +148,25 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[_Record]:
 
         return keep
 
+    modules = _modules(model, names)
     handles = [model.register_forward_hook(keep_call, with_kwargs=True)]
-    handles += [model.get_submodule(name).register_forward_hook(keep_feature(name)) for name in names]
+    handles += [module.register_forward_hook(keep_feature(name)) for name, module in modules.items()]
     try:
         yield record
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ConfigError(
+                f"The distillation feature '{name}' is not a module of {type(model).__name__}. Expected a name of "
+                "named_modules(), for example layer3."
+            )
+    return {name: modules[name] for name in names}
 
 
 def _logits(output: object) -> Tensor:

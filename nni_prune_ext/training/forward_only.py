@@ -9,15 +9,22 @@ from contextlib import contextmanager
 from itertools import islice
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.methods.base import Batch
+from nni_prune_ext.training.method_run import seeded
 from nni_prune_ext.training.settings import Batches
 
 
 def recalibrate_batchnorm(
-    model: nn.Module, batches: Batches, *, count: int = 100, forward: Callable[[nn.Module, Batch], object] | None = None
+    model: nn.Module,
+    batches: Batches,
+    *,
+    count: int = 100,
+    forward: Callable[[nn.Module, Batch], object] | None = None,
+    seed: int = 0,
 ) -> None:
     """Re-estimates running statistics of all batch norms as the plain average over ``count`` batches, in place.
 
@@ -26,6 +33,7 @@ def recalibrate_batchnorm(
     Args:
         forward: how the model is called on a batch, for example the user's loss; by default on the batch, or on its
             first item.
+        seed: of the order where the data draws from a global generator; these are left as they are.
 
     Raises:
         ConfigError: there is no batch; the statistics are as before.
@@ -33,6 +41,7 @@ def recalibrate_batchnorm(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
+    device = next(norms[0].buffers()).device
     momenta = [norm.momentum for norm in norms]
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]
     seen = 0
@@ -43,9 +52,9 @@ def recalibrate_batchnorm(
             norm.momentum = None
             norm.train()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seeded(model, seed):
                 for batch in islice(batches, count):
-                    (forward or _call_on_inputs)(model, batch)
+                    (forward or _call_on_inputs)(model, send_to_device(batch, device))
                     seen += 1
         finally:
             for norm, momentum, buffers in zip(norms, momenta, before):
@@ -59,9 +68,11 @@ def recalibrate_batchnorm(
 def accuracy(model: nn.Module, batches: Batches) -> float:
     """Returns top-1 accuracy (0–1) over ``(images, labels)`` batches in evaluation mode; NaN without a batch."""
     right = total = 0
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with modes_kept(model), torch.no_grad():
         model.eval()
-        for images, labels in batches:
+        for given in batches:
+            images, labels = send_to_device(given, device)
             right += int((model(images).argmax(1) == labels).sum())
             total += len(labels)
     return right / total if total else math.nan

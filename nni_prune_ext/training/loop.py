@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from nni_prune_ext.checkpoints import Json, Saved
 from nni_prune_ext.errors import CheckpointError, ConfigError, NniPruneExtError, TrainingError
+from nni_prune_ext.inputs import tensors_in
 from nni_prune_ext.methods.base import Batch, JsonState, Outcome, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.training.forward_only import modes_kept
@@ -24,13 +25,15 @@ from nni_prune_ext.training.method_run import NO_BATCH, MethodRun, seeded
 from nni_prune_ext.training.processes import (
     average_statistics,
     averaged,
+    dealt,
     from_main,
     is_main,
+    share_random_states,
     sum_gradients,
-    windows,
     world_size,
 )
 from nni_prune_ext.training.run_state import (
+    load_loader_states,
     load_model_tensors,
     load_optimizer_states,
     load_random_states,
@@ -77,8 +80,8 @@ def drive(method: PruningMethod, run: MethodRun) -> Outcome:
 
 def run_phases(method: PruningMethod, run: MethodRun, phases: list[Phase]) -> None:
     """Runs the phases of a method, beginning where the run's checkpoints say."""
-    total = max(sum(phase.epochs for phase in phases), 1)
-    saved = run.checkpoints.latest() if run.checkpoints else None
+    run.method, total = method, max(sum(phase.epochs for phase in phases), 1)
+    saved = from_main(run.checkpoints.latest() if run.checkpoints and is_main() else None)
     at = _Place(0, 0, False) if saved is None else _restored(method, run, phases, saved)
     if at.finished:
         at, saved = _Place(at.phase + 1, 0, False), None
@@ -113,7 +116,7 @@ class _Stretch:
 def _run_phase(stretch: _Stretch, done: int, saved: Saved | None) -> None:
     """Runs the epochs of a phase from ``done``; with a saved state the phase is entered without its start."""
     method, run, phase = stretch.method, stretch.run, stretch.phase
-    run.method, run.stop = method, False
+    run.stop = False
     run.progress = (stretch.before + done) / stretch.total
     run.watcher.phase(phase.name, phase.epochs, done=stretch.before + done, total=stretch.total)
     with _prepared(run, phase):
@@ -143,7 +146,8 @@ def _guarded_epoch(stretch: _Stretch, epoch: int) -> EpochLog:
     try:
         return _epoch(stretch, epoch)
     except TrainingError as error:
-        if before.keys() == model_tensors(run.model).keys():
+        now = model_tensors(run.model)
+        if {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in now.items()}:  # not cut since
             load_model_tensors(run.model, before)
         if run.checkpoints is None:
             raise
@@ -154,9 +158,7 @@ def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
     run, phase = stretch.run, stretch.phase
     began, losses, seen = time.perf_counter(), list[Tensor](), 0
     told = began
-    set_epoch = getattr(run.batches_, "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(stretch.before + epoch)
+    _announce_epoch(run.batches_, stretch.before + epoch)
     steps = _length(run.batches_)
     for number, (own, count) in enumerate(_dealt(stretch, epoch)):
         share = min(seen / steps, 1.0) if steps else 0.0
@@ -185,23 +187,28 @@ def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
     if not math.isfinite(mean):
         raise _no_number(stretch, epoch, None, mean)
     average_statistics(run.model)
+    share_random_states()
     run.progress = (stretch.before + epoch + 1) / stretch.total
     run.metric = _metric(run)
     stretch.method.after_epoch(run, phase, epoch)
-    rates = [group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
-    rate = float(rates[0]) if rates else 0.0
+    rate = float(run.optimizers[0].param_groups[-1]["lr"]) if run.optimizers else 0.0  # the common group is the last
     return EpochLog(phase.name, epoch, mean, rate, time.perf_counter() - began, run.metric)
 
 
 def _dealt(stretch: _Stretch, epoch: int) -> Iterator[tuple[list[Batch], int]]:
-    """Yields the batches of every step; says where the user's data raised."""
-    dealt = windows(stretch.run.batches_, stretch.run.settings.accumulation_steps)
-    number = 0
+    """Yields this process's batches of every optimizer step, and how many all processes have in it.
+
+    Batch ``k`` of a step goes to process ``k mod world size``, so that N processes see what one process with N times
+    the accumulation sees. The last step of an epoch may be smaller, and empty for some processes.
+    """
+    batches, number = dealt(stretch.run.batches_), 0
+    size = stretch.run.settings.accumulation_steps * world_size()
+    window: list[Batch] = []
     while True:
         try:
-            window = next(dealt)
+            batch, own = next(batches)
         except StopIteration:
-            return
+            break
         except NniPruneExtError:
             raise
         except Exception as error:
@@ -209,8 +216,13 @@ def _dealt(stretch: _Stretch, epoch: int) -> Iterator[tuple[list[Batch], int]]:
                 f"The training data raised {type(error).__name__} after {number} batches of epoch {epoch + 1} of phase "
                 f"'{stretch.phase.name}': {error}. Expected batches. Mend the data."
             ) from error
-        number += window[1]
-        yield window
+        number += 1
+        window += [batch] if own else []
+        if number % size == 0:
+            yield window, size
+            window = []
+    if number % size:
+        yield window, number % size
 
 
 def _step(stretch: _Stretch, own: list[Batch], count: int, epoch: int, number: int) -> list[Tensor]:
@@ -340,9 +352,10 @@ def _save(stretch: _Stretch, epochs: int, *, finished: bool) -> None:
 
 
 def _restored(method: PruningMethod, run: MethodRun, phases: list[Phase], saved: Saved) -> _Place:
-    """Puts model, method and records back; optimizers and random states follow once the phase is prepared."""
+    """Puts model, method, records and the data's order back; optimizers and random states follow within the phase."""
     values = cast("dict[str, Any]", saved.values)
     place = _Place(values["phase"], values["epochs"], values["finished"])
+    before = sum(phase.epochs for phase in phases[: place.phase]) + place.epochs
     if place.phase >= len(phases) or phases[place.phase].name != values["name"]:
         raise CheckpointError(
             f"The checkpoint stands in phase {place.phase + 1}, '{values['name']}', but the method has the phases "
@@ -352,6 +365,9 @@ def _restored(method: PruningMethod, run: MethodRun, phases: list[Phase], saved:
         run.cut_again(PruningPlan.from_json(values["applied"]))
     load_model_tensors(run.model, under_prefix("model", saved.tensors))
     method.load_state_dict(under_prefix("method", saved.tensors), cast("JsonState", values["method"]))
+    if before:
+        _announce_epoch(run.batches_, before - 1)
+    load_loader_states(run.batches_, under_prefix("random", saved.tensors))
     run.logs[:] = [EpochLog(**log) for log in values["logs"]]
     run.notes[:] = values["notes"]
     where = f"after epoch {place.epochs} of {phases[place.phase].epochs} of phase '{values['name']}'"
@@ -416,11 +432,7 @@ def _no_number(stretch: _Stretch, epoch: int, step: int | None, loss: float) -> 
 
 
 def _described(batch: Batch) -> str:
-    shapes = [
-        tuple(item.shape)
-        for item in (batch if isinstance(batch, (tuple, list)) else [batch])
-        if isinstance(item, Tensor)
-    ]
+    shapes = [tuple(item.shape) for item in tensors_in(batch) if item.dim()]
     if not shapes:
         return f"type {type(batch).__name__}"
     return f"size {shapes[0][0]}, shapes {', '.join(map(str, shapes))}"
@@ -432,6 +444,12 @@ def _channels_last(batch: Batch) -> Batch:
     if isinstance(batch, (tuple, list)):
         return type(batch)(_channels_last(item) for item in batch)
     return batch
+
+
+def _announce_epoch(batches: Batches, epoch: int) -> None:
+    set_epoch = getattr(batches, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
 
 
 def _length(batches: Batches) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +25,7 @@ from nni_prune_ext.methods.base import Batch, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import Kept, Removal, cut_channels, remap_optimizer, slice_state
 from nni_prune_ext.training.processes import averaged, from_main
+from nni_prune_ext.training.run_state import cuda_devices, loader_generators, random_kept
 from nni_prune_ext.training.settings import (
     Batches,
     EpochLog,
@@ -37,12 +41,17 @@ NO_BATCH = "The training data gave no batch, expected at least one. Lower the ba
 
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Makes torch draw from ``seed`` on the CPU and the model's devices; afterwards random states are as before."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    """Makes torch (on the CPU and the model's devices), numpy and Python draw from ``seed``.
+
+    Afterwards the global generators are as before.
+    """
+    devices = cuda_devices(model)
+    with random_kept(devices):
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
         yield
 
 
@@ -90,20 +99,20 @@ class MethodRun:
     def batches(self, count: int) -> list[Batch]:
         """Returns the first ``count`` training batches of the current order; the loop's own order does not move.
 
-        Several processes get the same ones.
+        They are on the model's device. Several processes get the same ones.
 
         Raises:
             ConfigError: there is none.
         """
-        own = getattr(self.batches_, "generator", None)  # a DataLoader's own, where it has one
-        generator = own or torch.Generator()
-        state = generator.get_state()
-        with torch.random.fork_rng(devices=[]):
+        before = [(own, own.get_state()) for own in loader_generators(self.batches_)]
+        with random_kept():
             found = list(islice(self.batches_, count))
-        generator.set_state(state)
+        for own, state in before:
+            own.set_state(state)
         if count and not found:
             raise ConfigError(NO_BATCH)
-        return found
+        device = next(self.model.parameters()).device
+        return [send_to_device(batch, device) for batch in found]
 
     def task_loss(self, batch: Batch) -> Tensor:
         """Returns the user's loss of the current model."""

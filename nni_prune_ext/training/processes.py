@@ -9,13 +9,15 @@ follow too. What is lost is the overlap of communication with the backward pass.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -96,27 +98,66 @@ def average_statistics(model: nn.Module) -> None:
             buffers[name].copy_(mean)
 
 
-def windows(batches: Iterable[Batch], size: int) -> Iterator[tuple[list[Batch], int]]:
-    """Deals batches out: yields this process's batches of every optimizer step, and how many all processes have in it.
+def share_random_states() -> None:
+    """Gives every process the main one's global generators: they drift apart where one has more batches to work on."""
+    if world_size() > 1:
+        state, numpy_state, python_state = from_main((torch.get_rng_state(), np.random.get_state(), random.getstate()))
+        torch.set_rng_state(state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
-    Batch ``k`` of a step goes to process ``k mod world size``, so that N processes see what one process with N times
-    the accumulation sees. The last step of an epoch may be smaller, and empty for some processes. A ``DataLoader`` is
-    divided by Accelerate, so that no process loads what others train on.
 
-    Args:
-        size: batches per step and process.
+def dealt(batches: Iterable[Batch]) -> Iterator[tuple[Batch | None, bool]]:
+    """Deals batches out: yields every batch of an epoch in its order, and whether it is this process's.
+
+    A batch of another process may be ``None``: those of a ``DataLoader`` over a map-style dataset are not even loaded.
     """
-    world = world_size()
-    if world > 1 and isinstance(batches, DataLoader):
-        from accelerate.data_loader import prepare_data_loader  # imported here: one process does not need it
-
-        divided = iter(prepare_data_loader(batches, num_processes=world, process_index=rank(), put_on_device=False))
-        while own := list(islice(divided, size)):
-            yield own, len(own) * world
+    world, own = world_size(), rank()
+    if world > 1 and isinstance(batches, DataLoader) and _can_be_divided(batches):
+        yield from _dealt_by_index(batches)
         return
-    iterator = iter(batches)
-    while window := list(islice(iterator, size * world)):
-        yield window[rank() :: world], len(window)
+    for number, batch in enumerate(batches):
+        yield batch, number % world == own
+
+
+def _can_be_divided(loader: DataLoader[Batch]) -> bool:
+    plain = type(loader).__iter__ is DataLoader.__iter__
+    return plain and loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+
+
+def _dealt_by_index(loader: DataLoader[Batch]) -> Iterator[tuple[Batch | None, bool]]:
+    share = _Share(cast("Iterable[list[int]]", loader.batch_sampler))
+    divided: DataLoader[Batch] = DataLoader(
+        loader.dataset,
+        batch_sampler=share,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+    )
+    loaded = iter(divided)
+    first = list(islice(loaded, 1))  # from here on the number of all batches is known
+    for number in range(share.total):
+        own = number % world_size() == rank()
+        yield (first.pop() if first else next(loaded)) if own else None, own
+
+
+class _Share:
+    """The indices of this process's batches; it draws the whole epoch, as one process would."""
+
+    def __init__(self, batch_sampler: Iterable[list[int]]) -> None:
+        self.batch_sampler = batch_sampler
+        self.total = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yields them."""
+        indices = list(self.batch_sampler)
+        self.total = len(indices)
+        yield from indices[rank() :: world_size()]
 
 
 def _state() -> PartialState:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -29,6 +30,11 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors that are named ``prefix.name``, by their name."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Returns the numbers of the GPUs that hold a model."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -101,14 +107,40 @@ def load_optimizer_states(
         optimizer.load_state_dict(own)
 
 
+def loader_generators(batches: Batches) -> list[torch.Generator]:
+    """Returns the generators that a ``DataLoader`` and its samplers hold, each once."""
+    sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    holders = [batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(own): own for own in found if isinstance(own, torch.Generator)}.values())
+
+
+def load_loader_states(batches: Batches, tensors: Mapping[str, Tensor]) -> None:
+    """Restores the data's own generators, from what :func:`random_states` returned."""
+    for number, own in enumerate(loader_generators(batches)):
+        if f"loader.{number}" in tensors:
+            own.set_state(tensors[f"loader.{number}"])
+
+
+@contextmanager
+def random_kept(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Puts the global generators of torch (CPU and these CUDA devices), numpy and Python back afterwards."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
 def random_states(model: nn.Module, batches: Batches) -> State:
     """Returns the states of every generator that training draws from: torch, CUDA, numpy, Python, the loader's own."""
     tensors = {"torch": torch.get_rng_state()}
-    for device in _cuda_devices(model):
+    for device in cuda_devices(model):
         tensors[f"cuda.{device}"] = torch.cuda.get_rng_state(device)
-    own = getattr(batches, "generator", None)
-    if isinstance(own, torch.Generator):
-        tensors["loader"] = own.get_state()
+    for number, own in enumerate(loader_generators(batches)):
+        tensors[f"loader.{number}"] = own.get_state()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, internal, gauss_next = random.getstate()
@@ -125,12 +157,10 @@ def load_random_states(
 ) -> None:
     """Restores what :func:`random_states` returned."""
     torch.set_rng_state(tensors["torch"])
-    for device in _cuda_devices(model):
+    for device in cuda_devices(model):
         if f"cuda.{device}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda.{device}"], device)
-    own = getattr(batches, "generator", None)
-    if isinstance(own, torch.Generator) and "loader" in tensors:
-        own.set_state(tensors["loader"])
+    load_loader_states(batches, tensors)
     kind, position, has_gauss, gauss = cast("tuple[str, int, int, float]", values["numpy"])
     np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
     version, gauss_next = cast("tuple[int, float | None]", values["python"])
@@ -143,7 +173,3 @@ def _plain(value: object) -> Json:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return cast("Json", value)
-
-
-def _cuda_devices(model: nn.Module) -> Iterable[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

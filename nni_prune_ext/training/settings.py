@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ LossFunction: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """A model and one batch → the scalar to minimise. Classification, segmentation, detection: whatever the batch holds."""
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 """A model → its validation metric; higher is better."""
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A part of a whole, 0–1."""
 
 
 class ParameterGroup(BaseModel):
@@ -33,8 +35,12 @@ class ParameterGroup(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pattern: str = Field(min_length=1, description="shell pattern of parameter names, for example *.bias")
-    learning_rate_scale: float = Field(default=1.0, ge=0, description="factor on the learning rate")
-    weight_decay: float | None = Field(default=None, ge=0, description="instead of the common weight decay")
+    learning_rate_scale: float = Field(
+        default=1.0, ge=0, description="factor on the learning rate", allow_inf_nan=False
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="instead of the common weight decay", allow_inf_nan=False
+    )
 
 
 class TrainingSettings(BaseModel):
@@ -64,12 +70,12 @@ class TrainingSettings(BaseModel):
     weight_decay: float = Field(default=5e-4, ge=0, description="L2 for SGD, decoupled for AdamW", allow_inf_nan=False)
     schedule: Literal["cosine", "step", "constant"] = Field(default="cosine", description="shape of each phase's rate")
     warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear rise", allow_inf_nan=False)
-    milestones: tuple[float, ...] = Field(default=(0.5, 0.75), description="shares of a phase, for step")
+    milestones: tuple[Share, ...] = Field(default=(0.5, 0.75), description="shares of a phase, for step")
     gamma: float = Field(default=0.1, gt=0, le=1, description="factor at each milestone")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs under autocast")
     channels_last: bool = Field(default=False, description="channels-last memory format while training")
     accumulation_steps: int = Field(default=1, ge=1, description="batches per optimizer step")
-    max_gradient_norm: float | None = Field(default=None, gt=0, description="gradient clipping")
+    max_gradient_norm: float | None = Field(default=None, gt=0, description="gradient clipping", allow_inf_nan=False)
     select_best: bool = Field(default=True, description="end with the weights of the best validation epoch")
     patience: int | None = Field(default=None, ge=1, description="epochs without improvement before an early stop")
     parameter_groups: tuple[ParameterGroup, ...] = Field(default=(), description="parameters trained differently")

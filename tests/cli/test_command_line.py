@@ -116,10 +116,13 @@ def test_prune_writes_artefacts_that_rebuild_the_same_network(tmp_path):
         "--out",
         "out",
         "--overwrite",
+        "--no-measure",
         cwd=tmp_path,
     )
     assert 0 == other.returncode, other.stderr
-    assert ["dense", "l2", "report.json"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert ["dense", "l2", "recipe.yaml", "report.html", "report.json"] == sorted(
+        path.name for path in (tmp_path / "out").iterdir()
+    )
 
 
 MISTAKES = {
@@ -149,7 +152,7 @@ MISTAKES = {
     ),
     "learning rate of 0": (
         ["prune", "resnet20", "--target", "macs=0.5", "--learning-rate", "0", "--out", "out"],
-        "learning_rate=0",
+        "--learning-rate is 0.0: expected a value greater than 0",
     ),
     "factory that raises": (["plan", "broken_models:fails"], "RuntimeError: no such block"),
     "factory without its number of classes": (["plan", "broken_models:sized"], "--num-classes"),

@@ -4,7 +4,9 @@ Per page, from top to bottom, in an empty folder and one namespace:
 
 * ``python`` blocks run; one that begins with ``# name.py`` is written to that file, for later blocks to import;
 * ``toml`` blocks with entry points are installed, as pip would do it, for later blocks to find;
-* ``console`` blocks are parsed; those marked ``<!-- run -->`` run;
+* ``yaml`` blocks that begin with ``# name.yaml`` are written to that file; those that name a ``model:`` are sound
+  recipes;
+* ``console`` blocks are parsed; those marked ``<!-- run -->`` run, programs of the page in processes of their own;
 * ``text`` blocks marked ``<!-- output -->`` are what the block above printed;
 * blocks marked ``<!-- not run: reason -->`` are skipped and counted.
 """
@@ -13,8 +15,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -27,12 +31,18 @@ from markdown_blocks import PAGES, ROOT, Block, blocks_of, commands_of, page_nam
 from typer.testing import CliRunner
 
 from nni_prune_ext.cli import app
+from nni_prune_ext.recipes import load_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
     tomllib = pytest.importorskip("tomli")
 
+LAUNCHERS = {
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+}
 MAY_BE_SKIPPED = 4
 """Blocks that need a GPU or the reader's own files. A new one needs a reason here and in the page."""
 
@@ -65,6 +75,8 @@ def test_page_does_what_it_says(page: Path, folder: Path) -> None:
             printed = run_python(block, folder, namespace)
         elif block.language == "toml":
             install(block, folder)
+        elif block.language == "yaml":
+            write_recipe(block, folder)
         elif block.language == "console":
             printed = "".join(run_command(command, block) for command in commands_of(block))
 
@@ -100,6 +112,15 @@ def run_python(block: Block, folder: Path, namespace: dict[str, object]) -> str:
     return out.getvalue()
 
 
+def write_recipe(block: Block, folder: Path) -> None:
+    """Writes a named file; a text that names a model is a whole recipe and is checked."""
+    named = re.match(r"# (\w+\.yaml)\n", block.text)
+    path = folder / (named[1] if named else "unnamed.yaml")
+    path.write_text(block.text, encoding="utf-8")
+    if re.search("^model:", block.text, re.MULTILINE):
+        load_recipe(path)
+
+
 def install(block: Block, folder: Path) -> None:
     """Writes what pip leaves behind for a project's entry points."""
     project = tomllib.loads(block.text)["project"]
@@ -123,11 +144,26 @@ def run_command(command: str, block: Block) -> str:
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in words[1:] if "=" not in word} <= set(targets), where
-    elif words[0] == "python":
-        assert words[1] == "-m" or (ROOT / words[1]).is_file(), where
+    elif words[0] in LAUNCHERS:
+        return run_program(words, run=block.marker == "run", where=where)
     else:
         assert words[0] in ("git", "cd", "pip"), where
     return ""
+
+
+def run_program(words: list[str], *, run: bool, where: str) -> str:
+    """Checks that a program exists; runs it in processes of their own if the block is marked so."""
+    programs = [word for word in words if word.endswith(".py")]
+    assert programs or "-m" in words, where
+    assert all(Path(name).is_file() or (ROOT / name).is_file() for name in programs), where
+    if not run:
+        return ""
+    command = [sys.executable, *LAUNCHERS[words[0]], *words[1:]]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, (where, done.stdout, done.stderr)
+    return done.stdout
 
 
 def run_cli(words: list[str], *, run: bool, where: str) -> str:

@@ -131,12 +131,15 @@ class PatchesForward(Honest):
 
 class RollsDice(Honest):
     def scores(self, context: MethodContext) -> dict[str, Tensor]:
-        return {g.name: torch.tensor([random.random() for _ in range(g.num_channels)]) for g in context.groups}
+        return {
+            g.name: torch.tensor([random.SystemRandom().random() for _ in range(g.num_channels)])
+            for g in context.groups
+        }
 
 
 class RollsNumpyDice(Honest):
     def scores(self, context: MethodContext) -> dict[str, Tensor]:
-        return {g.name: torch.from_numpy(np.random.rand(g.num_channels)) for g in context.groups}
+        return {g.name: torch.from_numpy(np.random.default_rng().random(g.num_channels)) for g in context.groups}
 
 
 class DrawsWhenBuilt(Honest):

@@ -9,8 +9,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from nni_prune_ext.graph.channel_groups import ChannelGroups
+from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
+from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import Batch, JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
+from nni_prune_ext.plan import plan_from_channels, removed_channels
+from nni_prune_ext.surgery import Removal
 from species.gate_places import gate_norms
 
 
@@ -60,8 +63,17 @@ class Gating(PruningMethod):
 
     def finish(self, context: MethodContext) -> Outcome:
         scores = {group.name: gate.bias.detach() for group, gate in zip(context.groups, self.gates)}
+        context.apply(context.allocate(scores).plan)
         gated = GatedModel(copy.deepcopy(context.model), copy.deepcopy(self.gates), context.groups)
-        return Outcome(context.allocate(scores).plan, gated_model=gated)
+        return Outcome(plan_from_channels(context.groups, {}), gated_model=gated)
+
+    def on_removed(self, context: MethodContext, removal: Removal) -> None:
+        gone = removed_channels(removal.plan, removal.groups)
+        for position, group in enumerate(removal.groups):
+            kept, old = torch.from_numpy(~gone[group.name]), self.gates[position]
+            new = nn.Linear(int(kept.sum()), int(kept.sum()))
+            new.load_state_dict({"weight": old.weight.detach()[kept][:, kept], "bias": old.bias.detach()[kept]})
+            self.gates[position] = new
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
         return dict(self.gates.state_dict()), {}
@@ -84,7 +96,12 @@ def place(model: nn.Module, gates: nn.ModuleList, groups: ChannelGroups) -> list
     ]
 
 
+def build_gated(compact: nn.Module, options: Options, example_inputs: ExampleInputs) -> GatedModel:
+    groups = trace_channel_groups(compact, example_inputs)
+    return GatedModel(compact, nn.ModuleList(nn.Linear(g.num_channels, g.num_channels) for g in groups), groups)
+
+
 GATED = MethodSpec(
     "toy_gated", "each input opens its own channels", "none", Options, Gating, needs_data=True, own_optimizers=True,
-    products=frozenset({"plan", "gated_model"}),
+    products=frozenset({"plan", "gated_model"}), changes_structure=True, build_gated=build_gated,
 )  # fmt: skip

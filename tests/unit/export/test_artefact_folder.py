@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +17,19 @@ import torch
 from torch import nn
 
 from nni_prune_ext import deployment
-from nni_prune_ext.deployment import Variant, compare_variants, write_artefacts
+from nni_prune_ext.deployment import (
+    Measurement,
+    Variant,
+    compare_variants,
+    latency_caption,
+    load_masks,
+    measurement_facts,
+    write_artefacts,
+)
 from nni_prune_ext.errors import ConfigError, ModelError, OutputError, ParityError
-from nni_prune_ext.export.artefact_folder import ModelSpec, check_unused, remove_earlier_run
+from nni_prune_ext.export.artefact_folder import ModelSpec, check_unused, complete_or_absent, remove_earlier_run
+from nni_prune_ext.export.example_structure import ExampleStructure
+from nni_prune_ext.export.manifest import MethodUse, read_manifest
 from nni_prune_ext.export.onnx_static import ExportResult
 from nni_prune_ext.export.provenance import provenance
 from nni_prune_ext.pipeline import PruneResult, prune
@@ -39,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         deployment,
         "compare_latency",
-        lambda paths, images: real_latency(paths, images, rounds=2, min_seconds=0.0),
+        lambda paths, images, **_: real_latency(paths, images, rounds=2, min_seconds=0.0),
     )
 
 
@@ -75,7 +90,8 @@ def test_the_file_of_a_pruned_network_says_how_it_came_to_be(
     assert result.certificate is not None
     assert result.certificate.as_dict() == json.loads(written["certificate"])
     assert "macs=0.5" == json.loads(written["targets"])[0]["target"]
-    assert SPEC == ModelSpec.model_validate_json(written["model"]) == ModelSpec.load(tmp_path / "l1")
+    assert SPEC == ModelSpec.model_validate_json(written["model"])
+    assert SPEC.model_copy(update={"example": ExampleStructure.of(EXAMPLE)}) == ModelSpec.load(tmp_path / "l1")
     assert ["dense", "l1"] == [row.name for row in rows] == sorted(path.name for path in tmp_path.iterdir())
 
 
@@ -150,8 +166,51 @@ def test_writing_again_leaves_no_plan_of_the_earlier_network(
 
     files = write_artefacts(dense, tmp_path / "net", EXAMPLE)
 
-    assert ["model.onnx", "model.safetensors"] == sorted(path.name for path in (tmp_path / "net").iterdir())
+    names = ["manifest.json", "model.json", "model.onnx", "model.safetensors"]
+    assert names == sorted(path.name for path in (tmp_path / "net").iterdir())
     assert tmp_path / "net" / "model.onnx" == files.onnx == files.export.path
+
+
+def test_drafts_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = socket.gethostname()
+    gone = [tmp_path / f".unfinished-{here}-{dead.pid}-abc", tmp_path / ".unfinished-elsewhere-1-old"]
+    kept = [tmp_path / f".unfinished-{here}-{os.getppid()}-abc", tmp_path / ".unfinished-elsewhere-1-new"]
+    for path in gone + kept:
+        path.mkdir()
+        (path / "model.onnx").touch()
+    os.utime(gone[1], (0, 0))
+
+    with complete_or_absent(tmp_path / "net") as draft:
+        (draft / "plan.json").touch()
+        assert f".unfinished-{here}-{os.getpid()}-" in draft.name
+
+    assert ["net", *sorted(path.name for path in kept)] == sorted(p.name for p in tmp_path.iterdir())[-1:] + sorted(
+        p.name for p in tmp_path.iterdir()
+    )[:-1]
+
+
+def test_a_folder_that_holds_nothing_but_the_draft_of_a_killed_run_is_unused(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".unfinished-{socket.gethostname()}-{dead.pid}-abc").mkdir()
+
+    check_unused(tmp_path)
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_the_manifest_is_the_last_file_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    replace_file = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: moved.append(path.name) or replace_file(path, target))
+
+    with complete_or_absent(tmp_path / "net") as draft:
+        for name in ("manifest.json", "model.onnx", "report.json"):
+            (draft / name).touch()
+
+    assert ["model.onnx", "report.json", "manifest.json"] == moved
 
 
 def test_the_date_in_a_file_can_be_fixed(dense: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +222,37 @@ def test_the_date_in_a_file_can_be_fixed(dense: nn.Module, monkeypatch: pytest.M
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
     with pytest.raises(ConfigError, match="today"):
         provenance(dense, {}, opset=18, exporter="dynamo", extra={})
+
+
+def test_rows_say_what_each_network_is_and_how_many_weights_a_mask_holds_at_zero(
+    tmp_path: Path, dense: nn.Module, result: PruneResult, quick: None
+) -> None:
+    masks = {"3.bias": torch.tensor([True, False, True, True, False])}
+    network = copy.deepcopy(result.model)
+    network.load_state_dict({**network.state_dict(), "3.bias": masks["3.bias"].float()})
+    masked = replace(result, outcome=replace(result.outcome, weight_masks=masks))
+
+    rows, _ = compare_variants(
+        [Variant("dense", dense), Variant("longer", dense), Variant("l1", network, masked, options={"steps": 1})],
+        tmp_path,
+        EXAMPLE,
+    )
+
+    assert ["dense", "control", "pruned"] == [row.kind for row in rows]
+    assert [None, None, 2 / result.costs.params] == [row.weight_sparsity for row in rows]
+    assert MethodUse(name="l1", options={"steps": 1}) == read_manifest(tmp_path / "l1").method
+    assert read_manifest(tmp_path / "dense").method is None
+    assert torch.equal(masks["3.bias"], load_masks(tmp_path / "l1")["3.bias"])
+
+
+def test_latency_is_measured_as_long_as_asked_or_not_at_all(tmp_path: Path, dense: nn.Module) -> None:
+    rows, latency = compare_variants(
+        [Variant("dense", dense)], tmp_path, EXAMPLE, measurement=Measurement(rounds=3, min_seconds=0.0)
+    )
+    unmeasured, none = compare_variants([Variant("dense", dense)], tmp_path, EXAMPLE, measurement=None)
+
+    assert latency is not None
+    assert (3, latency.rows[0].p50_ms) == (latency.rounds, rows[0].latency_ms)
+    assert (None, None) == (none, unmeasured[0].latency_ms)
+    assert "latency: not measured; no data given: accuracy not measured" == latency_caption(none, without_data=True)
+    assert measurement_facts(none)["latency"] is None

@@ -1,15 +1,17 @@
-"""Before and after in one table, and the same facts as JSON."""
+"""One row per network, and rows as before/after tables for the terminal and for Markdown."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+from rich.markup import escape
 from rich.table import Table
 
-from nni_prune_ext.text_files import write_text
+from nni_prune_ext.report import number_text
+
+Kind: TypeAlias = Literal["dense", "control", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Row:
         parity_limit: the largest such error that would have been let pass.
         asked: the targets asked for, and what was achieved.
         seconds: time that the method, the removal and the recovery took.
+        validation: validation metric of the epoch whose weights were kept; higher is better.
+        weight_sparsity: share (0–1) of the weights left that a weight mask holds at zero.
+        kind: the dense network, a control (dense, but trained further), or a pruned network.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Row:
     parity_limit: float | None = None
     asked: str = ""
     seconds: float | None = None
+    validation: float | None = None
+    weight_sparsity: float | None = None
+    kind: Kind = "pruned"
 
 
 HEADINGS = (
@@ -69,12 +77,12 @@ HEADINGS = (
 
 def before_after_table(rows: Sequence[Row], *, title: str, caption: str = "") -> Table:
     """Returns a table for the terminal; the first row is the dense network, to which shares refer."""
-    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left", pad_edge=False)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row, rows[0]))
-    return table
+    return _table({"": rows}, title=title, caption=caption)
+
+
+def comparison_table(runs: Mapping[str, Sequence[Row]], *, title: str, caption: str = "") -> Table:
+    """Returns one table over several runs, each under its name; shares refer to the first row of the same run."""
+    return _table(runs, title=title, caption=caption)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -84,51 +92,36 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def write_report(path: Path, rows: Sequence[Row], facts: Mapping[str, object]) -> None:
-    """Writes rows and facts as JSON, atomically.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    write_text(path, json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1, default=str) + "\n")
+def _table(runs: Mapping[str, Sequence[Row]], *, title: str, caption: str) -> Table:
+    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left", pad_edge=False)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for name, rows in runs.items():
+        if name:
+            table.add_section()
+            table.add_row(f"[bold]{escape(name)}[/bold]")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in _cells(row, rows[0])))
+    return table
 
 
 def _cells(row: Row, dense: Row) -> list[str]:
     return [
         row.name,
-        _count(row.macs),
-        _share(row.macs, dense.macs),
-        _count(row.params),
-        _share(row.params, dense.params),
-        _percent(row.top1_removed),
-        _percent(row.top1),
-        _percent(row.top1_onnx),
-        _bytes(row.onnx_bytes),
-        "–" if row.latency_ms is None else f"{row.latency_ms:.2f}",
-        "–" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
-        _error(row.certificate),
-        _error(row.parity),
+        number_text.count(row.macs),
+        number_text.share(row.macs, dense.macs),
+        number_text.count(row.params),
+        number_text.share(row.params, dense.params),
+        _or_dash(row.top1_removed, number_text.percent),
+        _or_dash(row.top1, number_text.percent),
+        _or_dash(row.top1_onnx, number_text.percent),
+        _or_dash(row.onnx_bytes, number_text.size),
+        _or_dash(row.latency_ms, "{:.2f}".format),
+        _or_dash(row.latency_ratio, "{:.2f}".format),
+        _or_dash(row.certificate, number_text.error),
+        _or_dash(row.parity, number_text.error),
     ]
 
 
-def _count(value: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return str(value)
-
-
-def _share(value: int, dense: int) -> str:
-    return f"{100 * value / dense:.1f} %" if dense else "–"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def _bytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 1024:.0f} KiB" if value < 1 << 20 else f"{value / (1 << 20):.2f} MiB"
-
-
-def _error(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0e}"
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    return "–" if value is None else text(value)

@@ -1,0 +1,171 @@
+"""What long work shows: bars on a terminal, one line per epoch elsewhere, or JSON lines for machines.
+
+With ``json=True`` every line on standard output is one object with the key ``event``:
+
+* ``{"event": "phase", "name", "epochs", "done", "total"}``: a phase begins; ``done`` of the stage's ``total`` epochs
+  lie behind;
+* ``{"event": "epoch", "phase", "epoch", "loss", "learning_rate", "seconds", "metric"}``: an epoch (0-based) is done;
+  ``metric`` is the validation metric, ``null`` where none was measured; a ``loss`` that is no number is ``null``;
+* ``{"event": "note", "text"}``: something that a person should know.
+"""
+
+from __future__ import annotations
+
+import json as json_lines
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from nni_prune_ext.training.settings import EpochLog, StepLog, Watcher
+
+
+@contextmanager
+def progress_watcher(json: bool, *, console: Console | None = None) -> Iterator[Watcher]:
+    """Yields what training reports to, for the length of a ``with`` block.
+
+    Args:
+        json: one JSON object per event on standard output, nothing else.
+        console: where people read; standard error by default. Bars are drawn if it is a terminal, and disappear at the
+            end; otherwise there is one line per epoch.
+    """
+    shown = console or Console(stderr=True)
+    if json:
+        yield JsonLines(sys.stdout)
+    elif shown.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Pace(),
+            TextColumn("{task.fields[facts]}"),
+            console=shown,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # what is printed into a pipe or file stays there
+        ) as progress:
+            yield Bars(progress)
+    else:
+        yield EpochLines(shown)
+
+
+class JsonLines(Watcher):
+    """Writes phases, epochs and notes as JSON, one object per line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def phase(self, name: str, epochs: int, *, done: int, total: int) -> None:
+        """Writes that a phase begins."""
+        self._write("phase", {"name": name, "epochs": epochs, "done": done, "total": total})
+
+    def epoch(self, log: EpochLog) -> None:
+        """Writes that an epoch is done."""
+        self._write("epoch", asdict(log))
+
+    def note(self, text: str) -> None:
+        """Writes a note."""
+        self._write("note", {"text": text})
+
+    def _write(self, event: str, values: dict[str, object]) -> None:
+        finite = {key: _finite(value) for key, value in values.items()}
+        self._stream.write(json_lines.dumps({"event": event, **finite}, allow_nan=False) + "\n")
+        self._stream.flush()
+
+
+class EpochLines(Watcher):
+    """Writes one line per epoch and per note."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def epoch(self, log: EpochLog) -> None:
+        """Writes the line of an epoch."""
+        self._line(f"{log.phase} epoch {log.epoch + 1}: {_epoch_facts(log)}, {log.seconds:.0f} s")
+
+    def note(self, text: str) -> None:
+        """Writes a note."""
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars(Watcher):
+    """Draws one bar for the epochs of a stage and one for the batches of an epoch."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._stage: TaskID | None = None
+        self._batches: TaskID | None = None
+        self._done = self._total = 0
+
+    def phase(self, name: str, epochs: int, *, done: int, total: int) -> None:
+        """Names the phase on the bar of the stage; another stage begins a new bar."""
+        self._close_batches()
+        if self._stage is not None and (done < self._done or total != self._total):
+            self.progress.remove_task(self._stage)
+            self._stage = None
+        self._done, self._total = done, total
+        self._move_stage(name, float(done))
+
+    def step(self, log: StepLog) -> None:
+        """Moves both bars."""
+        if self._batches is None:
+            name = f"  epoch {log.epoch + 1} of {log.epochs}"
+            self._batches = self.progress.add_task(name, total=log.steps, completed=log.step, batches=True, facts="")
+        self.progress.update(self._batches, completed=log.step, total=log.steps, facts=f"loss {log.loss:.4f}")
+        self._done, self._total = log.done, log.total
+        self._move_stage(log.phase, log.done + (min(log.step / log.steps, 1.0) if log.steps else 0.0))
+
+    def epoch(self, log: EpochLog) -> None:
+        """Ends the bar of the epoch; its facts stay beside the bar of the stage."""
+        self._close_batches()
+        self._done += 1
+        self._move_stage(log.phase, float(self._done), _epoch_facts(log))
+
+    def note(self, text: str) -> None:
+        """Writes a note above the bars."""
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def _move_stage(self, name: str, completed: float, facts: str | None = None) -> None:
+        if self._stage is None:
+            self._stage = self.progress.add_task(
+                "", total=self._total, completed=int(completed), batches=False, facts=""
+            )
+        self.progress.update(self._stage, description=escape(name), completed=completed, total=self._total)
+        if facts is not None:
+            self.progress.update(self._stage, facts=facts)
+
+    def _close_batches(self) -> None:
+        if self._batches is not None:
+            self.progress.remove_task(self._batches)
+            self._batches = None
+
+
+class _Pace(ProgressColumn):
+    """Batches per second for the bar of an epoch, time left for the bar of a stage."""
+
+    def render(self, task: Task) -> Text:
+        """Returns the text of one bar; empty as long as nothing is known."""
+        if task.fields["batches"]:
+            return Text("" if task.speed is None else f"{task.speed:.1f} batches/s")
+        left = task.time_remaining
+        return Text("" if left is None else f"{timedelta(seconds=int(left))} left")
+
+
+def _epoch_facts(log: EpochLog) -> str:
+    validation = "" if log.metric is None else f", validation {log.metric:.4f}"
+    return f"loss {log.loss:.4f}{validation}"
+
+
+def _finite(value: object) -> object:
+    """Returns ``None`` for what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,197 @@
+"""The charts of the page, each as SVG text, or ``None`` where there is nothing to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from nni_prune_ext.report.facts import EpochFacts, WidthFacts
+from nni_prune_ext.report.label_places import place_labels
+from nni_prune_ext.report.rows import Kind
+from nni_prune_ext.report.svg import GRID, INK, MUTED, PAPER, SERIES, TRACK, as_svg, empty_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 450
+"""Of every chart, in SVG units: legible when scaled to a phone, and two fit side by side on a desk."""
+MARKERS: Mapping[Kind, str] = {"dense": "o", "control": "D", "pruned": "s"}
+LAYERS_PER_CHART = 40
+
+
+@dataclass(frozen=True)
+class Network:
+    """One point of a scatter.
+
+    Attributes:
+        label: what stands beside it.
+        kind: gives its marker.
+        run: number of its run, from 0; gives its colour.
+        cost: MACs or milliseconds.
+        accuracy: top-1, 0–1.
+    """
+
+    label: str
+    kind: Kind
+    run: int
+    cost: float
+    accuracy: float
+
+
+def pareto_front(networks: Sequence[Network]) -> list[Network]:
+    """Returns the networks that no other one beats in cost and accuracy at once, cheapest first."""
+    front: list[Network] = []
+    for network in sorted(networks, key=lambda one: (one.cost, -one.accuracy)):
+        if not front or network.accuracy > front[-1].accuracy:
+            front.append(network)
+    return front
+
+
+def scatter(networks: Sequence[Network], *, axis: str, name: str) -> str | None:
+    """Returns accuracy over cost with the Pareto front; ``None`` without a network."""
+    if not networks:
+        return None
+    unit, scale = _unit(max(network.cost for network in networks)) if axis == "MACs" else ("ms", 1.0)
+    with empty_figure(WIDTH, 340) as figure:
+        axes = figure.subplots()
+        at = [(network.cost / scale, 100 * network.accuracy) for network in networks]
+        front = [(one.cost / scale, 100 * one.accuracy) for one in pareto_front(networks)]
+        axes.plot(*zip(*front), drawstyle="steps-post", color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1.5)
+        for network, (x, y) in zip(networks, at):
+            colour = SERIES[network.run % len(SERIES)]
+            marker = MARKERS[network.kind]
+            face = colour if network.kind == "pruned" else PAPER
+            axes.plot([x], [y], marker, markersize=7, markerfacecolor=face, markeredgecolor=colour, mew=1.6, zorder=3)
+        _pad(axes, at)
+        axes.set_xlabel(f"{axis} ({unit})" if unit else axis)
+        axes.set_ylabel("top-1 (%)")
+        place_labels(axes, at, [one.label for one in networks], stairs=front, colour=INK, line=MUTED)
+        return as_svg(figure, name=name, description=f"Top-1 accuracy over {axis}, {len(networks)} networks")
+
+
+def width_charts(widths: Sequence[WidthFacts], *, name: str) -> list[str]:
+    """Returns the share of channels that every layer keeps, in charts of at most so many layers each."""
+    num_charts = math.ceil(len(widths) / LAYERS_PER_CHART)
+    size = math.ceil(len(widths) / max(num_charts, 1))
+    widths = _without_shared_prefix(widths)
+    parts = [widths[start : start + size] for start in range(0, len(widths), size)] if widths else []
+    return [_width_chart(part, name=f"{name}-{number}") for number, part in enumerate(parts)]
+
+
+def training_curve(epochs: Sequence[EpochFacts], *, stage: str, name: str) -> str | None:
+    """Returns loss and validation metric over the epochs of one stage, with its phases; ``None`` without a loss."""
+    losses = [_number(epoch.loss) for epoch in epochs]
+    metrics = [_number(epoch.metric) for epoch in epochs]
+    panels = [(label, values) for label, values in (("loss", losses), ("validation metric", metrics)) if _any(values)]
+    if not panels:
+        return None
+    with empty_figure(WIDTH, 40 + 150 * len(panels)) as figure:
+        for index, (axes, (label, values)) in enumerate(
+            zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels)
+        ):
+            marker = "o" if len(values) <= 40 else ""
+            axes.plot(
+                range(1, len(values) + 1), values, marker=marker, ls="-", color=SERIES[index], markersize=3.5, lw=1.6
+            )
+            axes.set_ylabel(label)
+            axes.set_xlim(0.5, len(values) + 0.5)
+            axes.margins(y=0.12)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            axes.grid(axis="x", visible=False)
+        _mark_phases(figure.axes, epochs)
+        figure.axes[-1].set_xlabel("epoch")
+        return as_svg(figure, name=name, description=f"Training curves of {stage}, {len(epochs)} epochs")
+
+
+def note_charts(notes: Sequence[Mapping[str, float | None]], *, name: str, most: int = 12) -> dict[str, str]:
+    """Returns what the method logged over its progress, one small chart per key."""
+    keys = list(dict.fromkeys(key for note in notes for key in note if key != "progress"))
+    charts: dict[str, str] = {}
+    for number, key in enumerate(keys[:most]):
+        found = [(_number(note.get("progress")), _number(note.get(key))) for note in notes if key in note]
+        with empty_figure(WIDTH, 170) as figure:
+            axes = figure.subplots()
+            marker = "o" if len(found) <= 40 else ""
+            axes.plot(*zip(*found), marker=marker, ls="-", color=SERIES[0], markersize=3.5, lw=1.6)
+            axes.set_xlabel("progress")
+            axes.set_xlim(-0.02, 1.02)
+            axes.margins(y=0.15)
+            axes.grid(axis="x", visible=False)
+            charts[key] = as_svg(figure, name=f"{name}-{number}", description=f"{key} over progress")
+    return charts
+
+
+def _without_shared_prefix(widths: Sequence[WidthFacts]) -> Sequence[WidthFacts]:
+    """Returns the widths under names without the modules that hold all of the layers."""
+    modules = [width.layer.split(".")[:-1] for width in widths]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules))
+    shared = len(list(same)) if len(modules) > 1 else 0
+    return [width.model_copy(update={"layer": ".".join(width.layer.split(".")[shared:])}) for width in widths]
+
+
+def _width_chart(widths: Sequence[WidthFacts], *, name: str) -> str:
+    bar = 17
+    with empty_figure(WIDTH, 34 + bar * len(widths)) as figure:
+        axes = figure.subplots()
+        for row, width in enumerate(widths):
+            kept = width.after / width.before if width.before else 0.0
+            axes.barh(row, 100, height=0.62, color=TRACK)
+            axes.barh(row, 100 * kept, height=0.62, color=SERIES[0])
+            text = f"{width.before} → {width.after}"
+            axes.text(105, row, text, va="center", size=10.5, color=INK if kept < 1 else MUTED)
+        axes.set_yticks(range(len(widths)), [elided(width.layer, 30) for width in widths], size=10.5)
+        axes.set_ylim(len(widths) - 0.4, -0.6)
+        axes.set_xlim(0, 152)
+        axes.set_xticks([0, 50, 100], ["0", "50", "100 % kept"], size=10.5)
+        axes.grid(visible=False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        return as_svg(figure, name=name, description=f"Share of channels kept in {len(widths)} layers")
+
+
+def _mark_phases(panels: Sequence[Axes], epochs: Sequence[EpochFacts]) -> None:
+    """Separates phases by lines, and names those that are wide enough for their name."""
+    starts = [i for i, one in enumerate(epochs) if i == 0 or one.phase != epochs[i - 1].phase]
+    for start, end in zip(starts, [*starts[1:], len(epochs)]):
+        for axes in panels:
+            if start:
+                axes.axvline(start + 0.5, color=GRID, linewidth=1.2, zorder=0.5)
+        room = int((end - start) / len(epochs) * (WIDTH - 90) / 6.5)
+        if epochs[start].phase and room >= min(4, len(epochs[start].phase)):
+            text, top = elided(epochs[start].phase, max(room, 2)), panels[0]
+            place = ((start + end) / 2 + 0.5, 1.03)
+            top.text(*place, text, transform=top.get_xaxis_transform(), ha="center", size=10, color=MUTED)
+
+
+def elided(text: str, length: int) -> str:
+    """Returns the text, without its middle if it is too long."""
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
+
+def _pad(axes: Axes, at: Sequence[tuple[float, float]]) -> None:
+    """Leaves room around the points, and does not blow up a difference of less than a point."""
+    for limits, values, least in (
+        (axes.set_xlim, [x for x, _ in at], 0.1 * max(x for x, _ in at)),
+        (axes.set_ylim, [y for _, y in at], 1.0),
+    ):
+        low, high = min(values), max(values)
+        span = max(high - low, least) or 1.0
+        middle = (low + high) / 2
+        limits(middle - 0.68 * span, middle + 0.68 * span)
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    return next(((unit, size) for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if largest >= size), ("", 1.0))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None or not math.isfinite(value) else value
+
+
+def _any(values: Sequence[float]) -> bool:
+    return any(not math.isnan(value) for value in values)

@@ -1,0 +1,121 @@
+"""One self-contained HTML page about one run, or about several runs compared: no script, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from nni_prune_ext.errors import ArtefactError
+from nni_prune_ext.report.facts import RunReport
+from nni_prune_ext.report.network_tables import asked_achieved, before_after
+from nni_prune_ext.report.page_parts import Figure, Section, Verdict
+from nni_prune_ext.report.sections import pareto_section, run_sections
+from nni_prune_ext.report.verdicts import is_met, key_figures, target_verdict, verdicts
+from nni_prune_ext.text_files import write_text
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run as the template needs it; ``number`` is 0 on a page about one run."""
+
+    number: int
+    heading: str
+    subtitle: str
+    verdicts: Sequence[Verdict]
+    figures: Sequence[Figure]
+    sections: Sequence[Section]
+
+
+def write_html(path: Path, reports: Sequence[RunReport]) -> None:
+    """Writes one page about one run, or a comparison of several, atomically.
+
+    Raises:
+        ArtefactError: there is no report.
+        OutputError: the file cannot be written.
+    """
+    write_text(path, page(reports))
+
+
+def page(reports: Sequence[RunReport]) -> str:
+    """Returns the page; the same reports give the same text.
+
+    Raises:
+        ArtefactError: there is no report.
+    """
+    if not reports:
+        raise ArtefactError("There is nothing to show: 0 reports, expected at least one. Give a run folder.")
+    import jinja2  # imported here to keep it out of every other verb
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nni_prune_ext.report", package_path=""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(breakable=_breakable, unbroken=_unbroken)
+    alone = len(reports) == 1
+    runs = [_run(report, index, alone=alone) for index, report in enumerate(reports)]
+    return environment.get_template("page.html.j2").render(
+        title=reports[0].heading if alone else f"{len(reports)} runs compared",
+        verdicts=[] if alone else list(_comparison_verdicts(reports)),
+        runs=runs,
+        shared=[] if alone else list(_shared_sections(reports)),
+        alone=alone,
+    )
+
+
+def _run(report: RunReport, index: int, *, alone: bool) -> _Run:
+    return _Run(
+        number=0 if alone else index + 1,
+        heading=report.heading,
+        subtitle=_subtitle(report),
+        verdicts=verdicts(report),
+        figures=key_figures(report),
+        sections=list(run_sections(report, run=index, alone=alone)),
+    )
+
+
+def _shared_sections(reports: Sequence[RunReport]) -> Iterator[Section]:
+    yield Section("Asked and achieved", tables=[asked_achieved(reports)])
+    yield Section("Before and after", tables=before_after(reports), marks=True)
+    yield pareto_section(reports)
+
+
+def _subtitle(report: RunReport) -> str:
+    made = f"made {report.created[:16].replace('T', ' ')}" if report.created else "date unknown"
+    return " · ".join(
+        (
+            f"model {report.model or 'unknown'}",
+            f"method {report.method or 'unknown'}",
+            f"data {report.data}" if report.data else "no data recorded",
+            f"seed {'unknown' if report.seed is None else report.seed}",
+            made,
+        )
+    )
+
+
+def _comparison_verdicts(reports: Sequence[RunReport]) -> Iterator[Verdict]:
+    """Yields how many targets were met, then every missed one."""
+    found = [(number, target) for number, report in enumerate(reports, start=1) for target in report.targets]
+    missed = [(number, target) for number, target in found if is_met(target) is False]
+    met = sum(is_met(target) is True for _, target in found)
+    unknown = len(found) - met - len(missed)
+    text = f"{met} of {len(found)} targets met" + (f", {unknown} unknown." if unknown else ".")
+    yield Verdict("bad" if missed else "good" if met and not unknown else "missing", text)
+    for number, target in missed:
+        yield Verdict("bad", f"Run {number}: {target_verdict(target).text}")
+
+
+def _breakable(text: str) -> Markup:
+    """Returns the text with places where a long name may break."""
+    return Markup(re.sub(r"(?<=[_.:/,-])(?=\w)", "<wbr>", str(escape(text))))
+
+
+def _unbroken(text: str) -> str:
+    """Returns the text with numbers that stay beside their units."""
+    return re.sub(r"(?<=\d) (?=(?:%|[GMk]|[KM]iB|ms|s|min|h|points)(?!\w))|(?<=×) (?=\d)", "\u00a0", text)

@@ -1,0 +1,283 @@
+"""Carries out a recipe: base training, method, recovery, control, artefacts, report; resumable wherever it trains."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import nn
+
+from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
+from nni_prune_ext.deployment import Measurement, Variant, compare_variants, latency_caption
+from nni_prune_ext.graph.channel_groups import ChannelGroups
+from nni_prune_ext.pipeline import PruneResult, prune
+from nni_prune_ext.recipes import Recipe, checked_recipe
+from nni_prune_ext.report import Row, RunReport
+from nni_prune_ext.training import EpochLog, TrainingSettings, Watcher, fit
+from nni_prune_ext.training.processes import from_main, is_main, wait_for_everyone
+from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints
+from nni_prune_ext.workbench.preparation import Prepared, planned_epochs, prepare, wants_control
+from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT, run_facts, target_sentences, write_run
+
+CONTROL = "dense-trained-longer"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a recipe.
+
+    Attributes:
+        rows: one per network, the dense one first; empty in processes other than the main one.
+        title: of the report.
+        caption: how latency was measured.
+        met: whether every target was reached.
+        targets: asked and achieved, one sentence each.
+        groups: what was open to pruning, and what was not.
+        result: the compact network and how it came to be; ``None`` without a method, or if the run was done before.
+        already_done: nothing was to be done, because the folder holds this very run.
+    """
+
+    folder: Path
+    rows: tuple[Row, ...] = ()
+    title: str = ""
+    caption: str = ""
+    met: bool = True
+    targets: tuple[str, ...] = ()
+    groups: ChannelGroups | None = None
+    result: PruneResult | None = None
+    already_done: bool = False
+
+    @property
+    def report(self) -> Path:
+        """The report as JSON."""
+        return self.folder / REPORT
+
+    @property
+    def artefacts(self) -> list[Path]:
+        """One artefact folder per network."""
+        return [self.folder / row.name for row in self.rows]
+
+    def summary(self) -> dict[str, object]:
+        """Returns the result for machines, as JSON values."""
+        return {
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "report_page": str(self.report.with_suffix(".html")),
+            "artefacts": [str(path) for path in self.artefacts],
+            "already_done": self.already_done,
+            "met": self.met,
+            "targets": list(self.targets),
+            "rows": [vars(row) for row in self.rows],
+        }
+
+
+@dataclass
+class _Networks:
+    """The networks of a run in the order of their rows, and the epochs of each stage."""
+
+    variants: list[Variant] = field(default_factory=list)
+    curves: dict[str, list[EpochLog]] = field(default_factory=dict)
+    result: PruneResult | None = None
+
+
+def execute(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+) -> RunResult:
+    """Carries out a recipe; everything goes into its folder ``out``.
+
+    The validation split selects epochs; the test split is only reported on. In several processes all of them call
+    this alike, and the main one writes.
+
+    Args:
+        resume: go on with the interrupted run in ``out``; a finished one is left as it is.
+        overwrite: replace an earlier run in ``out``; otherwise the folder must be empty or new.
+        watcher: is told how it goes.
+
+    Raises:
+        RecipeError: the recipe does not fit together, or says no ``out``.
+        OutputError: the folder cannot be written, or holds something else.
+        CheckpointError: the folder holds a run of another recipe or model.
+        TargetError, CertificateError, TrainingError, ExportError: see ``prune`` and ``write_artefacts``.
+    """
+    recipe, watcher = checked_recipe(recipe), watcher or Watcher()
+    out = checked_folder(recipe, resume=resume, overwrite=overwrite)
+    prepared = prepare(recipe)
+    identity = _identity(prepared)
+    if resume and from_main(is_finished(out, identity) if is_main() else False):
+        if is_main() and not recipe.keep_checkpoints:
+            remove_checkpoints(out / CHECKPOINTS)  # a kill may have come between the last file and this
+        return _finished_before(out)
+    checkpoints = None
+    if recipe.train or planned_epochs(recipe):
+        if overwrite and is_main():
+            remove_checkpoints(out / CHECKPOINTS)
+        wait_for_everyone()
+        checkpoints = Checkpoints(out / CHECKPOINTS, identity, tell=watcher.note)
+    networks = _train_and_prune(prepared, checkpoints, watcher)
+    done = _delivered(prepared, networks, identity, out, watcher) if is_main() else RunResult(out)
+    if is_main() and not recipe.keep_checkpoints:
+        remove_checkpoints(out / CHECKPOINTS)
+    wait_for_everyone()
+    return done
+
+
+def _train_and_prune(prepared: Prepared, checkpoints: Checkpoints | None, watcher: Watcher) -> _Networks:
+    recipe, made = prepared.recipe, _Networks()
+    model, seconds = prepared.job.model.to(prepared.device), None
+    if recipe.train is not None:
+        logs, seconds = _trained(
+            model,
+            prepared,
+            checkpoints,
+            watcher,
+            name="train",
+            epochs=recipe.train.epochs,
+            settings=recipe.train.settings(),
+        )
+        made.curves["train"] = logs
+    made.variants.append(Variant("dense", model, seconds=seconds))
+    if recipe.method is None:
+        return made
+    began = time.perf_counter()
+    made.result = result = _pruned(model, prepared, checkpoints, watcher)
+    name = result.method  # that of the specification, also where the recipe says module.path:SPEC
+    made.curves[name] = list(result.logs)
+    pruned = Variant(name, result.model, result, _seconds(began, result.logs), recipe.options)
+    if wants_control(recipe) and result.logs:
+        longer = copy.deepcopy(model)
+        settings = recipe.training.model_copy(update={"patience": None})  # as long as the pruned one, not shorter
+        made.curves[CONTROL], seconds = _trained(
+            longer, prepared, checkpoints, watcher, name="control", epochs=len(result.logs), settings=settings
+        )
+        made.variants.append(Variant(CONTROL, longer, seconds=seconds))
+    made.variants.append(pruned)
+    return made
+
+
+def _trained(
+    model: nn.Module,
+    prepared: Prepared,
+    checkpoints: Checkpoints | None,
+    watcher: Watcher,
+    *,
+    name: str,
+    epochs: int,
+    settings: TrainingSettings,
+) -> tuple[list[EpochLog], float]:
+    """Trains a dense network in place, validation-selected; returns the logs and the seconds it took."""
+    batches, began = prepared.training_batches(), time.perf_counter()
+    assert batches is not None  # a recipe that trains without data is refused
+    logs = fit(
+        model,
+        batches,
+        epochs=epochs,
+        settings=settings,
+        loss=prepared.loss,
+        evaluate=prepared.validation(),
+        watcher=watcher,
+        checkpoints=checkpoints and checkpoints.stage(name),
+        name=name,
+        seed=prepared.recipe.seed,
+    )
+    return logs, _seconds(began, logs)
+
+
+def _pruned(model: nn.Module, prepared: Prepared, checkpoints: Checkpoints | None, watcher: Watcher) -> PruneResult:
+    recipe = prepared.recipe
+    assert recipe.method is not None
+    result = prune(
+        model,
+        tuple(tensor.to(prepared.device) for tensor in prepared.job.example),
+        method=recipe.method,
+        target=recipe.target,
+        options=recipe.options,
+        limits=recipe.limits,
+        scope=recipe.scope,
+        train_batches=prepared.training_batches(),
+        loss=prepared.loss,
+        recover_epochs=recipe.recovery_epochs,
+        settings=recipe.training,
+        evaluate=prepared.validation(),
+        distillation=recipe.distillation,
+        groups=prepared.groups,
+        watcher=watcher,
+        checkpoints=checkpoints,
+        seed=recipe.seed,
+    )
+    return _on_cpu(result) if prepared.device.type != "cpu" else result
+
+
+def _on_cpu(result: PruneResult) -> PruneResult:
+    """Moves all networks and masks of a result to the CPU, where they are exported and measured."""
+    outcome = result.outcome
+    masks, gated = outcome.weight_masks, outcome.gated_model
+    return replace(
+        result,
+        model=result.model.cpu(),
+        removed_only=result.removed_only.cpu(),
+        outcome=replace(
+            outcome,
+            weight_masks=masks and {name: mask.cpu() for name, mask in masks.items()},
+            gated_model=gated and gated.cpu(),
+        ),
+    )
+
+
+def _delivered(
+    prepared: Prepared, made: _Networks, identity: Mapping[str, Json], out: Path, watcher: Watcher
+) -> RunResult:
+    """Writes the artefacts and the report of a run, and measures all networks side by side on the test split."""
+    recipe, evaluate = prepared.recipe, prepared.validation()
+    for variant in made.variants:
+        variant.model.cpu()
+    (out / RECIPE).unlink(missing_ok=True)  # it is written last and says that the run is whole
+    rows, latency = compare_variants(
+        made.variants,
+        out,
+        prepared.job.example,
+        test_batches=prepared.test_batches(),
+        progress=watcher.note,
+        spec=prepared.job.spec,
+        measurement=Measurement(**recipe.measure.model_dump()) if recipe.measure else None,
+    )
+    if evaluate is not None:
+        rows = [replace(row, validation=evaluate(v.model)) for row, v in zip(rows, made.variants)]
+    facts = run_facts(prepared, made.result, latency, curves=made.curves, networks=made.variants)
+    report = write_run(out, recipe, rows, {**facts, "identity": dict(identity)})
+    return RunResult(
+        folder=out,
+        rows=tuple(rows),
+        title=report.heading,
+        caption=latency_caption(latency, prepared.job.source is None),
+        met=all(achieved.met for achieved in made.result.achieved) if made.result else True,
+        targets=target_sentences(report),
+        groups=prepared.groups,
+        result=made.result,
+    )
+
+
+def _identity(prepared: Prepared) -> dict[str, Json]:
+    """Returns what decides the outcome of a run: the recipe without its place and measurement, weights and data."""
+    recipe, source = prepared.recipe, prepared.job.source
+    outside = {"out", "measure", "keep_checkpoints", "title"}
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude=outside),
+        "model": fingerprint(prepared.job.model),
+        "images": {name: len(split) for name, split in source.splits().items()} if source else None,
+    }
+
+
+def _finished_before(out: Path) -> RunResult:
+    report = RunReport.load(out)
+    return RunResult(
+        out, report.rows, report.heading, targets=target_sentences(report), already_done=True,
+        met=all(target.met is not False for target in report.targets),
+    )  # fmt: skip
+
+
+def _seconds(began: float, logs: Sequence[EpochLog]) -> float:
+    """Returns the time since ``began``, or that of all epochs where a part of them lies before an interruption."""
+    return max(time.perf_counter() - began, sum(log.seconds for log in logs))
