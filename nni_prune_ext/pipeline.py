@@ -233,6 +233,7 @@ class _Job:
             "recovery_epochs": self.recover_epochs,
             "distillation": None if self.distillation is None else self.distillation.model_dump(mode="json"),
             "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
+            "processes": world_size(),
             "model": fingerprint(model),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -46,8 +47,16 @@ def _version(show: bool = typer.Option(False, "--version", help="Print the versi
 def main() -> None:
     """Runs the command line; a mistake is one clear message; exit codes: 0 done, 1 honest failure, 2 usage."""
     sys.path.insert(0, "")  # so that module.path:factory finds the user's own modules
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         app()
     except NniPruneExtError as error:
-        typer.echo(f"error: {error}", err=True)
+        process = f" (process {os.environ.get('RANK')})" if several else ""
+        typer.echo(f"error{process}: {error}", err=True)
         sys.exit(1 if isinstance(error, HONEST_FAILURES) else 2)
+    except SystemExit as end:
+        if several and not end.code:
+            from nni_prune_ext.training.processes import part  # imported here to keep --help instant
+
+            part()
+        raise

@@ -108,9 +108,7 @@ class Recipe(BaseModel):
     data: DataSection | None = None
     train: TrainSection | None = None
     method: str | None = Field(default=None, description="a registered pruner; without one the recipe only trains")
-    options: dict[str, JsonValue] = Field(
-        default={}, description="of the method; see `nni-prune-ext list METHOD`"
-    )
+    options: dict[str, JsonValue] = Field(default={}, description="of the method; see `nni-prune-ext list METHOD`")
     target: tuple[str, ...] = Field(default=(), description="`macs=`, `params=`, `memory=` or `ratio=`; one or a list")
     limits: Limits = Limits()
     scope: Scope = Field(default="global", description="`global`: one ranking; `local`: one ratio for all groups")

@@ -48,6 +48,13 @@ def wait_for_everyone() -> None:
         _state().wait_for_everyone()
 
 
+def part() -> None:
+    """Ends the work of several processes, when everyone has come here; an exit without it may abort the others."""
+    if world_size() > 1 and torch.distributed.is_initialized():
+        wait_for_everyone()
+        torch.distributed.destroy_process_group()
+
+
 def own_device(device: torch.device) -> torch.device:
     """Returns where this process should train a model that the user holds on ``device``."""
     return device if world_size() == 1 else cast("torch.device", _state().device)

@@ -17,7 +17,7 @@ from nni_prune_ext.pipeline import PruneResult, prune
 from nni_prune_ext.recipes import Recipe, checked_recipe
 from nni_prune_ext.report import Row, RunReport
 from nni_prune_ext.training import EpochLog, TrainingSettings, Watcher, fit
-from nni_prune_ext.training.processes import from_main, is_main, wait_for_everyone
+from nni_prune_ext.training.processes import from_main, is_main, wait_for_everyone, world_size
 from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints
 from nni_prune_ext.workbench.preparation import Prepared, planned_epochs, prepare, wants_control
 from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT, run_facts, target_sentences, write_run
@@ -102,7 +102,7 @@ def execute(
         CheckpointError: the folder holds a run of another recipe or model.
         TargetError, CertificateError, TrainingError, ExportError: see ``prune`` and ``write_artefacts``.
     """
-    recipe, watcher = checked_recipe(recipe), watcher or Watcher()
+    recipe, watcher = checked_recipe(recipe), (watcher if is_main() else None) or Watcher()
     out = checked_folder(recipe, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe)
     identity = _identity(prepared)
@@ -266,6 +266,7 @@ def _identity(prepared: Prepared) -> dict[str, Json]:
     return {
         "recipe": recipe.model_dump(mode="json", exclude=outside),
         "model": fingerprint(prepared.job.model),
+        "processes": world_size(),
         "images": {name: len(split) for name, split in source.splits().items()} if source else None,
     }
 

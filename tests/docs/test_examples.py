@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from markdown_blocks import ROOT
+from markdown_blocks import ROOT, blocks_of
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +46,17 @@ def test_own_model_is_pruned_rebuilt_and_run_without_torch(
 
     assert {"plan.json", "model.safetensors", "model.onnx"} <= {p.name for p in (tmp_path / "own_model").iterdir()}
     assert "rebuilt model equals the pruned one: True" in capsys.readouterr().out
+
+
+def test_the_program_for_production_needs_numpy_and_onnxruntime_only() -> None:
+    page = ROOT / "docs" / "how-to" / "run_in_production.md"
+    program = next(block.text for block in blocks_of(page) if block.text.startswith("# run_model.py\n"))
+
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+
+    assert {"numpy", "onnxruntime"} == imported - set(sys.stdlib_module_names)

@@ -141,12 +141,14 @@ class Drawn:
 def orders(accumulation: int) -> Result:
     """Trains three epochs on odd numbers of batches with dropout, and says what was seen in which order."""
     found: dict[str, object] = {}
+    tensors: dict[str, Tensor] = {}
     for name, batches in {"torch": LOADERS["torch"](), "drawn": Drawn()}.items():
-        order = Order()
-        fit(small_net(dropout=0.5), batches, epochs=3, loss=order.loss,
+        order, model = Order(), small_net(dropout=0.5)
+        fit(model, batches, epochs=3, loss=order.loss,
             settings=checked_settings(accumulation_steps=accumulation))  # fmt: skip
         found[name] = order.seen
-    return found, {}
+        tensors |= {f"{name}.{key}": tensor for key, tensor in everything(model).items() if tensor.is_floating_point()}
+    return found, tensors
 
 
 class StopAfter(Watcher):

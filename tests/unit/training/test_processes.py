@@ -100,6 +100,13 @@ def test_every_batch_of_every_epoch_is_seen_once_although_dropout_lets_random_st
     assert sum(epochs[0]) == pytest.approx(sum(epochs[2]), abs=1e-3)
 
 
+def test_running_statistics_are_the_same_in_both_processes_without_recalibration(two: Launch) -> None:
+    first, second = (of_process(two, "orders", rank)[1] for rank in (0, 1))
+
+    assert "torch.1.running_mean" in first
+    assert all(bool((first[key] == second[key]).all()) for key in first)
+
+
 def test_two_processes_stopped_and_continued_end_bit_equal(two: Launch) -> None:
     for rank in (0, 1):
         facts, _ = of_process(two, "resumed", rank)
