@@ -50,7 +50,10 @@ def main() -> None:
     size = "×".join(str(n) for n in source.input_shape)
     tell(f"{arguments.model} on {source.name}: {len(source.train)} training, {len(source.test)} test images of {size}")
     variants = [*dense_networks(model, source, arguments), *pruned_networks(model, example, source, arguments)]
-    spec = ModelSpec(model=arguments.model, num_classes=source.num_classes, input_shape=(1, *source.input_shape))
+    spec = ModelSpec(
+        model=arguments.model, num_classes=source.num_classes, input_shape=(1, *source.input_shape), mean=source.mean,
+        std=source.std,
+    )  # fmt: skip
     test = npe.split_batches(source, "test", 500)
     rows, latency = compare_variants(variants, out, example, test_batches=test, progress=tell, spec=spec)
     job = {**vars(arguments), "num_classes": source.num_classes, "input_shape": list(source.input_shape)}

@@ -42,7 +42,7 @@ from nni_prune_ext.training import (
     fit,
     recalibrate_batchnorm,
 )
-from nni_prune_ext.training.processes import own_device, world_size
+from nni_prune_ext.training.processes import own_device, share_weights, world_size
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def prune(
     if world_size() > 1:
         device = own_device(next(model.parameters()).device)
         model, example_inputs = copy.deepcopy(model).to(device), send_to_device(example_inputs, device)
+        share_weights(model)
     if recover_epochs < 0:
         raise ConfigError(f"recover_epochs is {recover_epochs}, expected 0 or more. Leave it out for no recovery.")
     settings = settings or TrainingSettings()

@@ -58,7 +58,7 @@ def _print_json(runs: list[Path], reports: list[RunReport], out: Path) -> None:
         {"run": str(run), "title": one.heading, **one.model_dump(mode="json", include={"rows", "targets"})}
         for run, one in zip(runs, reports)
     ]
-    typer.echo(json.dumps({"out": str(out), "runs": shown}, indent=1))
+    typer.echo(json.dumps({"out": str(out), "runs": shown}))
 
 
 def _print_table(reports: list[RunReport], out: Path) -> None:

@@ -43,6 +43,8 @@ class ModelSpec(BaseModel):
         num_classes: outputs of the classifier; ``None`` for the model's own default.
         input_shape: shape of an example input, ``(N, C, …)``.
         example: shapes and dtypes of all example inputs; ``None`` if they are more than a flat row of tensors.
+        mean: per channel, subtracted from pixels in 0–1 before they enter the network; ``None`` if not known.
+        std: per channel, by which the result is divided; ``None`` if not known.
         format: version of this format.
     """
 
@@ -52,6 +54,8 @@ class ModelSpec(BaseModel):
     num_classes: int | None = None
     input_shape: tuple[int, ...] = Field(min_length=2)
     example: ExampleStructure | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     format: Literal[1] = 1
 
     def save(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from nni_prune_ext.checkpoints import Checkpoints
 from nni_prune_ext.methods.base import JsonState, MethodContext, Phase, PruningMethod
 from nni_prune_ext.training.loop import run_phases
 from nni_prune_ext.training.method_run import MethodRun
+from nni_prune_ext.training.processes import own_device
 from nni_prune_ext.training.run_state import load_model_tensors, model_tensors
 from nni_prune_ext.training.settings import (
     Batches,
@@ -40,6 +41,9 @@ def fit(
 ) -> list[EpochLog]:
     """Trains all parameters of a model that require gradients, in place.
 
+    In several processes all of them call this alike; the model moves to the process's own device, and everyone starts
+    from the main process's weights.
+
     Args:
         batches: iterated once per epoch.
         evaluate: a validation metric, higher is better, measured after every epoch; with ``settings.select_best`` the
@@ -59,6 +63,7 @@ def fit(
     if not epochs:
         return []
     settings = settings or TrainingSettings()
+    model.to(own_device(next(model.parameters()).device))
     run = MethodRun(
         model=model, batches_=batches, loss=loss, settings=settings, evaluate=evaluate, watcher=watcher or Watcher(),
         checkpoints=checkpoints, seed=seed,

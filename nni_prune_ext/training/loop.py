@@ -7,13 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
 
 from nni_prune_ext.checkpoints import Json, Saved
 from nni_prune_ext.errors import CheckpointError, ConfigError, NniPruneExtError, TrainingError
@@ -22,6 +20,7 @@ from nni_prune_ext.methods.base import Batch, JsonState, Outcome, Phase, Pruning
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.training.forward_only import modes_kept
 from nni_prune_ext.training.method_run import NO_BATCH, MethodRun, seeded
+from nni_prune_ext.training.optimizers import make_optimizers, set_rate
 from nni_prune_ext.training.processes import (
     average_statistics,
     averaged,
@@ -29,6 +28,7 @@ from nni_prune_ext.training.processes import (
     from_main,
     is_main,
     share_random_states,
+    share_weights,
     sum_gradients,
     world_size,
 )
@@ -43,12 +43,10 @@ from nni_prune_ext.training.run_state import (
     under_prefix,
     with_prefix,
 )
-from nni_prune_ext.training.settings import Batches, EpochLog, StepLog, TrainingSettings
+from nni_prune_ext.training.settings import Batches, EpochLog, StepLog
 
 _PHASE_SEEDS = 1_000_003
 """Distance between the seeds of a run's phases."""
-_WARMUP_START = 0.01
-"""Share of the peak learning rate with which a warm-up begins."""
 _TELL_SECONDS = 0.2
 """A watcher hears of steps no more often than this: reading a loss waits for the device."""
 _CUDA_CHECK_STEPS = 20
@@ -80,6 +78,7 @@ def drive(method: PruningMethod, run: MethodRun) -> Outcome:
 
 def run_phases(method: PruningMethod, run: MethodRun, phases: list[Phase]) -> None:
     """Runs the phases of a method, beginning where the run's checkpoints say."""
+    share_weights(run.model)
     run.method, total = method, max(sum(phase.epochs for phase in phases), 1)
     saved = from_main(run.checkpoints.latest() if run.checkpoints and is_main() else None)
     at = _Place(0, 0, False) if saved is None else _restored(method, run, phases, saved)
@@ -125,7 +124,7 @@ def _run_phase(stretch: _Stretch, done: int, saved: Saved | None) -> None:
         method.attach(run, phase)
         run.attached = phase
         if phase.epochs:
-            _make_optimizers(run, phase)
+            make_optimizers(run, phase)
         if saved is None:
             _save(stretch, 0, finished=not phase.epochs)
         else:
@@ -163,7 +162,7 @@ def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
     for number, (own, count) in enumerate(_dealt(stretch, epoch)):
         share = min(seen / steps, 1.0) if steps else 0.0
         run.progress = (stretch.before + epoch + share) / stretch.total
-        _set_rate(run, phase, epoch + share)
+        set_rate(run, phase, epoch + share)
         losses += _step(stretch, own, count, epoch, number)
         seen += count
         now = time.perf_counter()
@@ -269,58 +268,6 @@ def _metric(run: MethodRun) -> float | None:
         return None
     with modes_kept(run.model), torch.no_grad():
         return from_main(float(run.evaluate(run.model)))
-
-
-def _make_optimizers(run: MethodRun, phase: Phase) -> None:
-    """Makes the method's optimizers, and the loop's own over all trainable parameters that none of them holds."""
-    own = [] if phase.optimizers is None else list(phase.optimizers(run))
-    held = {id(p) for optimizer in own for group in optimizer.param_groups for p in group["params"]}
-    rest = {name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in held}
-    run.default_optimizer = _optimizer(rest, run.settings) if rest else None
-    run.optimizers = own if run.default_optimizer is None else [run.default_optimizer, *own]
-    if not run.optimizers and phase.trainable is None:
-        raise ConfigError(
-            f"Phase '{phase.name}' has nothing to train: no parameter of {type(run.model).__name__} requires a "
-            "gradient. Unfreeze some, or train for 0 epochs."
-        )
-
-
-def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> Optimizer:
-    """Makes the loop's optimizer; every group carries the factor on its learning rate as ``scale``."""
-    members: list[list[nn.Parameter]] = [[] for _ in range(len(settings.parameter_groups) + 1)]
-    for name, parameter in parameters.items():
-        fitting = (n for n, group in enumerate(settings.parameter_groups) if fnmatchcase(name, group.pattern))
-        members[next(fitting, len(settings.parameter_groups))].append(parameter)
-    groups: list[dict[str, Any]] = []
-    for chosen, own in zip([*settings.parameter_groups, None], members):
-        if own:
-            decay = settings.weight_decay if chosen is None or chosen.weight_decay is None else chosen.weight_decay
-            scale = 1.0 if chosen is None else chosen.learning_rate_scale
-            groups.append({"params": own, "weight_decay": decay, "scale": scale})
-    if settings.optimizer == "adamw":
-        return AdamW(groups, lr=settings.learning_rate)
-    nesterov = settings.nesterov and settings.momentum > 0
-    return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=nesterov)
-
-
-def _set_rate(run: MethodRun, phase: Phase, epochs: float) -> None:
-    if run.default_optimizer is not None:
-        rate = run.settings.learning_rate * phase.learning_rate_scale * rate_factor(run.settings, epochs, phase.epochs)
-        for group in run.default_optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-
-
-def rate_factor(settings: TrainingSettings, epochs: float, total: int) -> float:
-    """Returns the learning rate as a share of its peak, ``epochs`` into a phase of ``total`` epochs."""
-    warmup = settings.warmup_epochs
-    if epochs < warmup:
-        return _WARMUP_START + (1 - _WARMUP_START) * epochs / warmup
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (epochs - warmup) / max(total - warmup, 1e-9)))
-    if settings.schedule == "step":
-        passed = sum(epochs / total >= milestone for milestone in settings.milestones)
-        return float(settings.gamma**passed)
-    return 1.0
 
 
 def _save(stretch: _Stretch, epochs: int, *, finished: bool) -> None:

@@ -60,6 +60,14 @@ def own_device(device: torch.device) -> torch.device:
     return device if world_size() == 1 else cast("torch.device", _state().device)
 
 
+def share_weights(model: nn.Module) -> None:
+    """Gives every process the main one's parameters and buffers, in place."""
+    if world_size() > 1:
+        _state()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            torch.distributed.broadcast(tensor.detach(), 0)
+
+
 def from_main(value: T) -> T:
     """Returns the main process's value (anything that can be sent) in every process."""
     if world_size() == 1:

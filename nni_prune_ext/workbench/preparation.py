@@ -130,7 +130,13 @@ def open_job(recipe: Recipe, *, known: ModelSpec | None = None, image_size: int 
             pretrained=model.pretrained,
         )
         example = torch.randn(shape)
-    spec = ModelSpec(model=model.name, num_classes=classes, input_shape=shape)
+    spec = ModelSpec(
+        model=model.name,
+        num_classes=classes,
+        input_shape=shape,
+        mean=described.mean if described else None,
+        std=described.std if described else None,
+    )
     return Job(network, spec, (example,), source)
 
 
