@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nni_prune_ext.errors import CheckpointError, OutputError
-from nni_prune_ext.text_files import write_text
+from nni_prune_ext.text_files import flush, write_text
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -83,16 +82,12 @@ class Checkpoints:
         number = max(self._numbers(), default=0) + 1
         draft = self.folder / f".unfinished-{number:06d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / _IDENTITY).exists():
-                write_text(
-                    self.folder / _IDENTITY, json.dumps({"format": FORMAT, "job": self.identity}, indent=1) + "\n"
-                )
+            self.claim()
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             _write(draft, values, tensors)
             draft.rename(self.folder / f"{number:06d}")
-            _flush_folder(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError, OutputError) as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise OutputError(
@@ -102,6 +97,21 @@ class Checkpoints:
         whole = sorted(set(self._numbers()) - self._damaged)
         for old in {*whole[: -self.keep], *self._damaged}:
             shutil.rmtree(self.folder / f"{old:06d}", ignore_errors=True)
+
+    def claim(self) -> None:
+        """Makes the folder, if need be, and writes down to which job it belongs.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            _make_folder(self.folder)
+        except OSError as error:
+            raise OutputError(
+                f"The folder '{self.folder}' cannot be made ({error}), expected a writable place. Choose another one."
+            ) from error
+        if not (self.folder / _IDENTITY).exists():
+            write_text(self.folder / _IDENTITY, json.dumps({"format": FORMAT, "job": self.identity}, indent=1) + "\n")
 
     def latest(self) -> Saved | None:
         """Reads the newest checkpoint that is whole; ``None`` if there is none yet.
@@ -128,8 +138,12 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """Deletes the folder with all its stages."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Deletes the folder with all its stages; killed half-way, it leaves nothing that could be continued."""
+        doomed = self.folder.with_name(f".unfinished-removal-{self.folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        if self.folder.is_dir():
+            self.folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _numbers(self) -> list[int]:
         if not self.folder.is_dir():
@@ -139,6 +153,11 @@ class Checkpoints:
     def _check_identity(self) -> None:
         path = self.folder / _IDENTITY
         if not path.exists():
+            if self._numbers():
+                raise CheckpointError(
+                    f"'{self.folder}' holds checkpoints, but no {_IDENTITY} that says of what job, expected both. "
+                    " Delete the folder to start anew."
+                )
             return
         try:
             found = json.loads(path.read_bytes())
@@ -181,12 +200,11 @@ def fingerprint(model: nn.Module) -> str:
 def _write(folder: Path, values: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
     path = folder / _TENSORS
     safetensors.torch.save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
-    with path.open("rb+") as handle:  # Windows flushes only what is open for writing
-        os.fsync(handle.fileno())
+    flush(path)
     text = json.dumps({"names": list(tensors), "values": values})
     hashes = {"tensors": _hash(path), "hash": hashlib.sha256(text.encode()).hexdigest()}
     write_text(folder / _VALUES, json.dumps({"format": FORMAT, **hashes, "state": text}) + "\n")
-    _flush_folder(folder)
+    flush(folder)
 
 
 def _read(folder: Path, number: int) -> Saved:
@@ -209,13 +227,12 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, each on the disk before the next one."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
 
 
 def _short(value: Json, other: Json) -> str:

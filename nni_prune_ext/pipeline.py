@@ -166,18 +166,19 @@ def prune(
         seed=seed,
     )
     outcome = drive(built, run)
-    uncut = run.model
-    removal = remove_channels(uncut, outcome.plan, example_inputs, groups=run.groups, seed=seed)
-    if outcome.plan.num_removed:
-        run.model = removal.model
-        built.on_removed(run, removal)
-        run.leave()
+    cut_before = run.applied is not None
     if outcome.weight_masks is not None:
-        _check_masks(spec, outcome.weight_masks, uncut)
+        _check_masks(spec, outcome.weight_masks, run.model)
+    if outcome.plan.num_removed:
+        removal = run.apply(outcome.plan)
+        run.leave()
+    else:
+        removal = remove_channels(run.model, outcome.plan, example_inputs, groups=run.groups, seed=seed)
+    if outcome.weight_masks is not None:
         outcome = replace(outcome, weight_masks=slice_state(outcome.weight_masks, removal.kept))
-    plan = outcome.plan if run.applied is None else run.applied.then(outcome.plan)
+    plan = run.applied or outcome.plan
     certificate = removal.certificate
-    if run.applied is not None and plan.num_removed:
+    if cut_before and plan.num_removed:
         certificate = certify_plan(model, plan, example_inputs, groups=groups, seed=seed)
         if not certificate.exact:
             raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
@@ -257,7 +258,7 @@ def _recovered(
                 parameter.mul_(masks[name].to(parameter.device))
     if batches is None:
         return compact, []
-    recalibrate_batchnorm(compact, batches, forward=recalibrate)
+    recalibrate_batchnorm(compact, batches, forward=recalibrate, seed=run.seed)
     if not epochs:
         return compact, []
     logs = fit(

@@ -1,4 +1,4 @@
-"""Writes text files that are complete or absent."""
+"""Writes files that are complete or absent, also after the power has gone."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):  # already moved, or never made
             unfinished.unlink()
+
+
+def flush(path: Path) -> None:
+    """Puts a file's contents, or a folder's entries, onto the disk."""
+    if path.is_dir():
+        if os.name == "posix":
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        return
+    with path.open("rb+") as opened:  # Windows flushes only what is open for writing
+        os.fsync(opened.fileno())

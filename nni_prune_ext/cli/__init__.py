@@ -59,4 +59,7 @@ def main() -> None:
             from nni_prune_ext.training.processes import part  # imported here to keep --help instant
 
             part()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # torch 2.11 at times aborts a process whose group is gone while the interpreter shuts down
         raise

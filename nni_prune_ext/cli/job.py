@@ -78,7 +78,7 @@ def carry_out(recipe: Recipe, *, dry_run: bool, resume: bool, overwrite: bool, a
         tell_json("done", **result.summary())
     else:
         _show(recipe, result)
-    if not result.met and not result.already_done:
+    if not result.met:
         raise typer.Exit(1)
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nni_prune_ext.errors import ModelError, OutputError
 from nni_prune_ext.export.example_structure import ExampleStructure
-from nni_prune_ext.text_files import write_text
+from nni_prune_ext.text_files import flush, write_text
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
@@ -193,7 +193,9 @@ def _move_into(target: Path, source: Path) -> None:
         if path.is_dir():
             _move_into(target / path.name, path)
         else:
+            flush(path)
             path.replace(target / path.name)
+    flush(target)
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

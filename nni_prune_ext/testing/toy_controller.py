@@ -104,7 +104,8 @@ class Controller(PruningMethod):
                 for member in group.by_role(Role.WRITER, Role.BIAS):
                     if member.tensor in tensors:
                         dead = member.index[(~self.masks[group.name]).numpy()[member.channel]]
-                        tensors[member.tensor].index_fill_(member.dim, torch.from_numpy(dead), 0)
+                        own = tensors[member.tensor]
+                        own.index_fill_(member.dim, torch.from_numpy(dead).to(own.device), 0)
 
 
 CONTROLLER = MethodSpec(

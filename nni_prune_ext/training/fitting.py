@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -106,6 +107,9 @@ class _Fitting(PruningMethod):
         """Keeps the weights if they are the best so far; stops if they have not been for too long."""
         run = cast("MethodRun", context)
         if not self.selects or run.metric is None:
+            return
+        if math.isnan(run.metric):
+            run.watcher.note(f"the validation metric of epoch {epoch + 1} is no number: this epoch is not selected")
             return
         if run.metric > self.best_metric:
             self.best_metric, self.best_epoch = run.metric, epoch

@@ -36,7 +36,7 @@ def recalibrate_batchnorm(
         seed: of the order where the data draws from a global generator; these are left as they are.
 
     Raises:
-        ConfigError: there is no batch; the statistics are as before.
+        ConfigError: there is no batch. Whatever is raised, the statistics are as before.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -44,7 +44,7 @@ def recalibrate_batchnorm(
     device = next(norms[0].buffers()).device
     momenta = [norm.momentum for norm in norms]
     before = [copy.deepcopy(norm.state_dict()) for norm in norms]
-    seen = 0
+    seen, whole = 0, False
     with modes_kept(model):
         model.eval()
         for norm in norms:
@@ -56,10 +56,11 @@ def recalibrate_batchnorm(
                 for batch in islice(batches, count):
                     (forward or _call_on_inputs)(model, send_to_device(batch, device))
                     seen += 1
+            whole = seen > 0
         finally:
             for norm, momentum, buffers in zip(norms, momenta, before):
                 norm.momentum = momentum
-                if not seen:
+                if not whole:
                     norm.load_state_dict(buffers)
     if not seen:
         raise ConfigError("The data for batch-norm recalibration gave no batch, expected at least one. Check the data.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 
 from nni_prune_ext.checkpoints import Json, Saved
 from nni_prune_ext.errors import CheckpointError, ConfigError, NniPruneExtError, TrainingError
-from nni_prune_ext.inputs import tensors_in
 from nni_prune_ext.methods.base import Batch, JsonState, Outcome, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.training.forward_only import modes_kept
 from nni_prune_ext.training.method_run import NO_BATCH, MethodRun, seeded
 from nni_prune_ext.training.optimizers import make_optimizers, set_rate
+from nni_prune_ext.training.phase_setup import channels_last, memory_explained, prepared
 from nni_prune_ext.training.processes import (
     average_statistics,
     averaged,
@@ -73,7 +72,8 @@ def drive(method: PruningMethod, run: MethodRun) -> Outcome:
     run.progress = 1.0
     with seeded(run.model, run.seed + _PHASE_SEEDS * len(phases)):
         outcome = method.finish(run)
-    return replace(outcome, plan=from_main(outcome.plan)) if world_size() > 1 else outcome
+    plan, masks = from_main((outcome.plan, outcome.weight_masks))
+    return replace(outcome, plan=plan, weight_masks=masks)
 
 
 def run_phases(method: PruningMethod, run: MethodRun, phases: list[Phase]) -> None:
@@ -118,7 +118,7 @@ def _run_phase(stretch: _Stretch, done: int, saved: Saved | None) -> None:
     run.stop = False
     run.progress = (stretch.before + done) / stretch.total
     run.watcher.phase(phase.name, phase.epochs, done=stretch.before + done, total=stretch.total)
-    with _prepared(run, phase):
+    with prepared(run, phase):
         if saved is None:
             method.start(run, phase)
         method.attach(run, phase)
@@ -228,32 +228,35 @@ def _step(stretch: _Stretch, own: list[Batch], count: int, epoch: int, number: i
     """Runs this process's batches of one optimizer step, of ``count`` batches in all processes together."""
     method, run = stretch.method, stretch.run
     device = next(run.model.parameters()).device
-    bf16, trains = run.settings.precision == "bf16", bool(run.optimizers)
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    losses = []
-    for given in own:
-        batch = send_to_device(given, device)
-        if run.settings.channels_last:
-            batch = _channels_last(batch)
-        with _memory_explained(batch):
+    bf16, trains, losses = run.settings.precision == "bf16", bool(run.optimizers), []
+    with memory_explained(own):
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for given in own:
+            batch = send_to_device(given, device)
+            if run.settings.channels_last:
+                batch = channels_last(batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(trains):
                 loss = method.compute_loss(run, batch)
             if (device.type == "cpu" or number % _CUDA_CHECK_STEPS == 0) and not math.isfinite(float(loss.detach())):
                 raise _no_number(stretch, epoch, number, float(loss.detach()))
             if trains:
                 (loss if count == 1 else loss / count).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    if trains:
-        parameters = [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
-        sum_gradients(parameters)
-        method.after_backward(run)
-        if run.settings.max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, run.settings.max_gradient_norm)
-        for optimizer in run.optimizers:
-            optimizer.step()
-    method.after_step(run)
+            losses.append(loss.detach())
+        if trains:
+            _move_weights(method, run)
+        method.after_step(run)
     return losses
+
+
+def _move_weights(method: PruningMethod, run: MethodRun) -> None:
+    parameters = [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(parameters)
+    method.after_backward(run)
+    if run.settings.max_gradient_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, run.settings.max_gradient_norm)
+    for optimizer in run.optimizers:
+        optimizer.step()
 
 
 def _mean_loss(losses: list[Tensor], model: nn.Module) -> float:
@@ -284,6 +287,7 @@ def _save(stretch: _Stretch, epochs: int, *, finished: bool) -> None:
         "finished": finished,
         "applied": None if run.applied is None else run.applied.to_json(),
         "method": cast("Json", method_values),
+        "method_on_device": [name for name, tensor in method_tensors.items() if tensor.device.type != "cpu"],
         "logs": [asdict(log) for log in run.logs],
         "notes": [dict(note) for note in run.notes],
         **optimizer_values,
@@ -311,7 +315,9 @@ def _restored(method: PruningMethod, run: MethodRun, phases: list[Phase], saved:
     if values["applied"] is not None:
         run.cut_again(PruningPlan.from_json(values["applied"]))
     load_model_tensors(run.model, under_prefix("model", saved.tensors))
-    method.load_state_dict(under_prefix("method", saved.tensors), cast("JsonState", values["method"]))
+    state, device = under_prefix("method", saved.tensors), next(run.model.parameters()).device
+    state |= {name: state[name].to(device) for name in values["method_on_device"]}
+    method.load_state_dict(state, cast("JsonState", values["method"]))
     if before:
         _announce_epoch(run.batches_, before - 1)
     load_loader_states(run.batches_, under_prefix("random", saved.tensors))
@@ -328,48 +334,6 @@ def _restore_machinery(run: MethodRun, saved: Saved) -> None:
     load_random_states(run.model, run.batches_, values["random"], under_prefix("random", saved.tensors))
 
 
-@contextmanager
-def _prepared(run: MethodRun, phase: Phase) -> Iterator[None]:
-    """Sets modes, trainable parameters and memory format; restores them on the model that is current at the end."""
-    modes = {name: module.training for name, module in run.model.named_modules()}
-    required = {name: parameter.requires_grad for name, parameter in run.model.named_parameters()}
-    for name, parameter in run.model.named_parameters():
-        parameter.requires_grad_(phase.trainable(name) if phase.trainable is not None else required[name])
-    if phase.epochs:
-        run.model.train()
-    formatted = run.settings.channels_last and bool(phase.epochs)
-    formatted = formatted and all(p.is_contiguous() for p in run.model.parameters())
-    if formatted:
-        run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        run.default_optimizer, run.optimizers, run.attached = None, [], None
-        for name, module in run.model.named_modules():
-            module.training = modes.get(name, module.training)
-        for name, parameter in run.model.named_parameters():
-            parameter.requires_grad_(required.get(name, parameter.requires_grad))
-            parameter.grad = None
-        if formatted:
-            run.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        run.leave()
-
-
-@contextmanager
-def _memory_explained(batch: Batch) -> Iterator[None]:
-    """Turns running out of memory into an error that says which batch was tried."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not known:
-            raise
-        raise TrainingError(
-            f"Memory ran out on a batch of {_described(batch)}. Expected it to fit. Halve the batch size and double "
-            "accumulation_steps: the gradients stay the same."
-        ) from error
-
-
 def _no_number(stretch: _Stretch, epoch: int, step: int | None, loss: float) -> TrainingError:
     where = f"epoch {epoch + 1} of phase '{stretch.phase.name}'"
     return TrainingError(
@@ -378,27 +342,16 @@ def _no_number(stretch: _Stretch, epoch: int, step: int | None, loss: float) -> 
     )
 
 
-def _described(batch: Batch) -> str:
-    shapes = [tuple(item.shape) for item in tensors_in(batch) if item.dim()]
-    if not shapes:
-        return f"type {type(batch).__name__}"
-    return f"size {shapes[0][0]}, shapes {', '.join(map(str, shapes))}"
-
-
-def _channels_last(batch: Batch) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_channels_last(item) for item in batch)
-    return batch
-
-
 def _announce_epoch(batches: Batches, epoch: int) -> None:
-    set_epoch = getattr(batches, "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)
+    for holder in (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)):
+        set_epoch = getattr(holder, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
 
 def _length(batches: Batches) -> int | None:
     size = getattr(batches, "__len__", None)
-    return None if size is None else int(size())
+    try:
+        return None if size is None else int(size())
+    except TypeError:  # what a DataLoader over an iterable data set raises
+        return None

@@ -20,11 +20,12 @@ from nni_prune_ext.checkpoints import Checkpoints
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
+from nni_prune_ext.graph.model_copy import named_tensors
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import Batch, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import Kept, Removal, cut_channels, remap_optimizer, slice_state
-from nni_prune_ext.training.processes import averaged, from_main
+from nni_prune_ext.training.processes import apart, averaged, from_main
 from nni_prune_ext.training.run_state import cuda_devices, loader_generators, random_kept
 from nni_prune_ext.training.settings import (
     Batches,
@@ -106,7 +107,7 @@ class MethodRun:
         """
         before = [(own, own.get_state()) for own in loader_generators(self.batches_)]
         with random_kept():
-            found = list(islice(self.batches_, count))
+            found = list(islice(apart(self.batches_), count))
         for own, state in before:
             own.set_state(state)
         if count and not found:
@@ -155,7 +156,13 @@ class MethodRun:
 
     def rewind(self, state: Mapping[str, Tensor]) -> None:
         """Loads a state dict of the dense model into the current one, cut like it."""
-        self.model.load_state_dict(slice_state(state, self._kept))
+        names = {id(tensor): name for name, tensor in named_tensors(self.model)}
+        kept = {
+            name: self._kept.get(names[id(tensor)], {})  # tied tensors are cut under the first of their names
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if id(tensor) in names
+        }
+        self.model.load_state_dict(slice_state(state, kept))
 
     def log(self, values: Mapping[str, float]) -> None:
         """Keeps numbers, with the progress at which they arose."""

@@ -42,7 +42,7 @@ def set_rate(run: MethodRun, phase: Phase, epochs: float) -> None:
 
 def rate_factor(settings: TrainingSettings, epochs: float, total: int) -> float:
     """Returns the learning rate as a share of its peak, ``epochs`` into a phase of ``total`` epochs."""
-    warmup = settings.warmup_epochs
+    warmup = min(settings.warmup_epochs, total / 2)  # a short phase rises half of the way and falls the other half
     if epochs < warmup:
         return _WARMUP_START + (1 - _WARMUP_START) * epochs / warmup
     if settings.schedule == "cosine":

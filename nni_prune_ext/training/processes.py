@@ -8,9 +8,11 @@ follow too. What is lost is the overlap of communication with the backward pass.
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -18,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+
+from nni_prune_ext.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -48,6 +52,21 @@ def wait_for_everyone() -> None:
         _state().wait_for_everyone()
 
 
+def wait_for_main() -> None:
+    """Returns when every process has come here, however long the main one takes: it may be exporting and measuring."""
+    if world_size() > 1:
+        _state()
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+        torch.distributed.barrier(group=patient)
+        torch.distributed.destroy_process_group(patient)
+
+
+def stay_on_cpu() -> None:
+    """Lets the processes compute on the CPU although there are GPUs; to be called before anything else of them."""
+    if world_size() > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
 def part() -> None:
     """Ends the work of several processes, when everyone has come here; an exit without it may abort the others."""
     if world_size() > 1 and torch.distributed.is_initialized():
@@ -65,7 +84,9 @@ def share_weights(model: nn.Module) -> None:
     if world_size() > 1:
         _state()
         for tensor in [*model.parameters(), *model.buffers()]:
-            torch.distributed.broadcast(tensor.detach(), 0)
+            plain = tensor.detach().contiguous().reshape(-1)
+            torch.distributed.broadcast(plain.view(torch.uint8), 0)  # as bytes: gloo does not know every type
+            tensor.detach().copy_(plain.view(tensor.shape))
 
 
 def from_main(value: T) -> T:
@@ -97,7 +118,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     has_one = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     torch.distributed.all_reduce(has_one)
     used = [p for p, count in zip(parameters, has_one.tolist()) if count]
-    for dtype in {p.dtype for p in used}:
+    for dtype in dict.fromkeys(p.dtype for p in used):  # in the same order everywhere
         own = [p for p in used if p.dtype == dtype]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
         torch.distributed.all_reduce(flat)
@@ -128,11 +149,31 @@ def dealt(batches: Iterable[Batch]) -> Iterator[tuple[Batch | None, bool]]:
     A batch of another process may be ``None``: those of a ``DataLoader`` over a map-style dataset are not even loaded.
     """
     world, own = world_size(), rank()
+    _refuse_divided(batches)
     if world > 1 and isinstance(batches, DataLoader) and _can_be_divided(batches):
         yield from _dealt_by_index(batches)
         return
     for number, batch in enumerate(batches):
         yield batch, number % world == own
+
+
+def apart(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Returns the same data for a look beside the loop: a loader with persistent workers has one iterator only."""
+    if not isinstance(batches, DataLoader) or not batches.persistent_workers:
+        return batches
+    own = copy.copy(batches)
+    vars(own).update(persistent_workers=False, _iterator=None)  # a loader refuses to be changed by assignment
+    return own
+
+
+def _refuse_divided(batches: Iterable[Batch]) -> None:
+    """Refuses data of which every process has only a part already: it would be divided twice."""
+    parts = getattr(getattr(batches, "sampler", None), "num_replicas", 1)
+    if world_size() > 1 and parts > 1:
+        raise ConfigError(
+            f"The DataLoader has a sampler that divides the data among {parts} processes, expected the whole data in "
+            "every process: batches are dealt out here. Use shuffle=True, or a sampler without parts."
+        )
 
 
 def _can_be_divided(loader: DataLoader[Batch]) -> bool:
@@ -178,4 +219,4 @@ class _Share:
 def _state() -> PartialState:
     from accelerate import PartialState  # imported here: one process does not need it
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "true")

@@ -50,7 +50,7 @@ class TrainingSettings(BaseModel):
         learning_rate: the peak.
         schedule: ``cosine`` falls to 0 over each phase; ``step`` is multiplied by ``gamma`` at every milestone;
             ``constant`` stays.
-        warmup_epochs: linear rise to the peak at the beginning of each phase.
+        warmup_epochs: linear rise to the peak at the beginning of each phase; at most half of the phase.
         milestones: shares (0–1) of a phase at which a step schedule falls.
         precision: ``bf16`` runs forward and loss under autocast; parameters stay in their own dtype.
         channels_last: trains in channels-last memory format and puts the model back afterwards.

@@ -17,7 +17,14 @@ from nni_prune_ext.pipeline import PruneResult, prune
 from nni_prune_ext.recipes import Recipe, checked_recipe
 from nni_prune_ext.report import Row, RunReport
 from nni_prune_ext.training import EpochLog, TrainingSettings, Watcher, fit
-from nni_prune_ext.training.processes import from_main, is_main, wait_for_everyone, world_size
+from nni_prune_ext.training.processes import (
+    from_main,
+    is_main,
+    stay_on_cpu,
+    wait_for_everyone,
+    wait_for_main,
+    world_size,
+)
 from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints
 from nni_prune_ext.workbench.preparation import Prepared, planned_epochs, prepare, wants_control
 from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT, run_facts, target_sentences, write_run
@@ -102,6 +109,8 @@ def execute(
         CheckpointError: the folder holds a run of another recipe or model.
         TargetError, CertificateError, TrainingError, ExportError: see ``prune`` and ``write_artefacts``.
     """
+    if recipe.device == "cpu":
+        stay_on_cpu()
     recipe, watcher = checked_recipe(recipe), (watcher if is_main() else None) or Watcher()
     out = checked_folder(recipe, resume=resume, overwrite=overwrite)
     prepared = prepare(recipe)
@@ -110,17 +119,18 @@ def execute(
         if is_main() and not recipe.keep_checkpoints:
             remove_checkpoints(out / CHECKPOINTS)  # a kill may have come between the last file and this
         return _finished_before(out)
-    checkpoints = None
-    if recipe.train or planned_epochs(recipe):
-        if overwrite and is_main():
-            remove_checkpoints(out / CHECKPOINTS)
-        wait_for_everyone()
-        checkpoints = Checkpoints(out / CHECKPOINTS, identity, tell=watcher.note)
+    if overwrite and is_main():
+        (out / RECIPE).unlink(missing_ok=True)  # from here on the folder holds no whole run
+        remove_checkpoints(out / CHECKPOINTS)
+    wait_for_everyone()
+    checkpoints = Checkpoints(out / CHECKPOINTS, identity, tell=watcher.note)
+    if is_main() and (recipe.train or planned_epochs(recipe)):
+        checkpoints.claim()
     networks = _train_and_prune(prepared, checkpoints, watcher)
     done = _delivered(prepared, networks, identity, out, watcher) if is_main() else RunResult(out)
     if is_main() and not recipe.keep_checkpoints:
         remove_checkpoints(out / CHECKPOINTS)
-    wait_for_everyone()
+    wait_for_main()
     return done
 
 

@@ -80,7 +80,11 @@ def is_finished(out: Path, identity: Mapping[str, Json]) -> bool:
 def remove_checkpoints(folder: Path) -> None:
     """Removes the checkpoints of a run; a folder that holds other files is somebody else's and stays."""
     if not any(path.is_file() and not _is_of_checkpoint(path) for path in folder.rglob("*")):
-        shutil.rmtree(folder, ignore_errors=True)
+        doomed = folder.with_name(f".unfinished-removal-{folder.name}")  # killed half-way, it is not continued
+        shutil.rmtree(doomed, ignore_errors=True)
+        if folder.is_dir():
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _holds_checkpoints(folder: Path) -> bool:
