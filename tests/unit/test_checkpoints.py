@@ -448,3 +448,18 @@ def test_a_fingerprint_sees_every_name_shape_type_and_value() -> None:
 
     assert len(variants) == len({fingerprint(holder) for holder in variants})
     assert fingerprint(Holder(a=torch.ones(3, 2).t())) == fingerprint(Holder(a=torch.ones(2, 3)))
+
+
+def test_checkpoints_that_do_not_say_whose_they_are_are_refused(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "run", {"job": "a"}).save({}, {"x": torch.zeros(1)})
+    (tmp_path / "run" / "identity.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"no identity\.json"):
+        Checkpoints(tmp_path / "run", {"job": "b"})
+
+
+def test_a_claimed_folder_belongs_to_one_job_before_anything_is_saved(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "run", {"job": "a"}).claim()
+
+    with pytest.raises(CheckpointError, match="job was 'a', is 'b'"):
+        Checkpoints(tmp_path / "run", {"job": "b"})

@@ -280,3 +280,27 @@ def test_going_on_in_a_folder_of_something_else_is_refused(tmp_path):
         execute(job(tmp_path / "out"), resume=True)
 
     assert ["thesis.txt"] == [path.name for path in (tmp_path / "out").iterdir()]
+
+
+def test_another_recipe_never_goes_on_in_an_interrupted_run_nor_removes_it(tmp_path):
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path / "out", method=None, target=[], recovery=None, control=None), watcher=Stops(1))
+    before = sorted(path.relative_to(tmp_path) for path in (tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
+
+    for changes in ({"train": None, "recovery": 1}, {"train": None, "recovery": None, "control": None}):
+        with pytest.raises(CheckpointError, match=r"recipe\.method was None, is 'l1'"):
+            execute(job(tmp_path / "out", **changes), resume=True)
+
+    after = sorted(path.relative_to(tmp_path) for path in (tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
+    assert before == after != []
+
+
+def test_an_interrupted_overwrite_is_continued_and_not_taken_for_the_old_run(tmp_path):
+    recipe = job(tmp_path / "out", train=None, recovery=2, control=False)
+    execute(recipe)
+    with pytest.raises(Interrupted):
+        execute(recipe, overwrite=True, watcher=Stops(1))
+
+    again = execute(recipe, resume=True)
+
+    assert not again.already_done
