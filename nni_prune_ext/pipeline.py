@@ -57,7 +57,7 @@ class PruneResult:
         dense: costs of the original model.
         costs: costs of the compact model, counted (not predicted).
         achieved: every target, asked and reached.
-        removed_only: the compact model as it was right after the cut, before any recovery.
+        removed_only: the compact model as it was right after the cut, weight masks applied, before any recovery.
         outcome: what the method handed over (weight masks, cut to fit ``removed_only``; a gated model; facts).
         logs: one entry per training epoch of method and recovery.
         method: name of the method.
@@ -188,7 +188,9 @@ def prune(
         evaluate=evaluate,
         checkpoints=saved and saved.stage("recovery"),
     )
-    compact, logs = _recovered(removal.model, recovery, train_batches, recover_epochs, outcome, recalibrate=loss)
+    masks = outcome.weight_masks or {}
+    removed_only = _masked(removal.model, masks)
+    compact, logs = _recovered(removed_only, recovery, train_batches, recover_epochs, masks, recalibrate=loss)
     costs = count_costs(compact, example_inputs)
     return PruneResult(
         model=compact,
@@ -198,7 +200,7 @@ def prune(
         dense=dense,
         costs=costs,
         achieved=achieved_targets(targets, cost_model, plan, costs),
-        removed_only=removal.model,
+        removed_only=removed_only,
         outcome=outcome,
         logs=(*run.logs, *logs),
         method=spec.name,
@@ -245,17 +247,12 @@ def _recovered(
     run: MethodRun,
     batches: Batches | None,
     epochs: int,
-    outcome: Outcome,
+    masks: Mapping[str, Tensor],
     *,
     recalibrate: LossFunction,
 ) -> tuple[nn.Module, list[EpochLog]]:
-    """Returns a copy with masks applied, BN statistics measured anew and trained, as far as there is data."""
+    """Returns a copy with BN statistics measured anew and trained, as far as there is data."""
     compact = copy.deepcopy(model)
-    masks = outcome.weight_masks or {}
-    with torch.no_grad():
-        for name, parameter in compact.named_parameters():
-            if name in masks:
-                parameter.mul_(masks[name].to(parameter.device))
     if batches is None:
         return compact, []
     recalibrate_batchnorm(compact, batches, forward=recalibrate, seed=run.seed)
@@ -275,6 +272,18 @@ def _recovered(
         seed=run.seed,
     )
     return compact, logs
+
+
+def _masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Returns the model, or a copy in which masked weights are zero."""
+    if not masks:
+        return model
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in masked.named_parameters():
+            if name in masks:
+                parameter.mul_(masks[name].to(parameter.device))
+    return masked
 
 
 def _check_masks(spec: MethodSpec, masks: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -42,7 +42,7 @@ def main() -> None:
             completed(start(method, work / method / "reference"))
             entry["seconds"] = time.perf_counter() - began
             entry["reference"] = prints(work / method / "reference")
-        while len(entry["kills"]) < options.kills:
+        while sum(kill["killed"] for kill in entry["kills"]) < options.kills:
             entry["kills"].append(kill_once(method, len(entry["kills"]), entry, work / method))
             results["environment"] = environment()
             write_text(out, json.dumps(results, indent=1) + "\n")

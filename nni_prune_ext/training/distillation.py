@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +41,14 @@ class Distillation(BaseModel):
     weight: float = Field(default=0.5, ge=0, le=1, description="share of the logits' term in the loss")
     features: tuple[str, ...] = Field(default=(), description="modules whose outputs are compared")
     feature_weight: float = Field(default=100.0, ge=0, description="factor on the feature term")
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Distillation:
+        if not self.weight and not (self.features and self.feature_weight):
+            raise ValueError(
+                "nothing is distilled; expected a weight above 0, or features with a feature_weight above 0"
+            )
+        return self
 
 
 def distilled(loss: LossFunction, teacher: nn.Module, settings: Distillation) -> LossFunction:

@@ -187,6 +187,7 @@ def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
         raise _no_number(stretch, epoch, None, mean)
     average_statistics(run.model)
     share_random_states()
+    _check_weights(stretch, epoch)
     run.progress = (stretch.before + epoch + 1) / stretch.total
     run.metric = _metric(run)
     stretch.method.after_epoch(run, phase, epoch)
@@ -237,7 +238,7 @@ def _step(stretch: _Stretch, own: list[Batch], count: int, epoch: int, number: i
             if run.settings.channels_last:
                 batch = channels_last(batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(trains):
-                loss = method.compute_loss(run, batch)
+                loss = _checked_loss(method.compute_loss(run, batch), trains)
             if (device.type == "cpu" or number % _CUDA_CHECK_STEPS == 0) and not math.isfinite(float(loss.detach())):
                 raise _no_number(stretch, epoch, number, float(loss.detach()))
             if trains:
@@ -247,6 +248,19 @@ def _step(stretch: _Stretch, own: list[Batch], count: int, epoch: int, number: i
             _move_weights(method, run)
         method.after_step(run)
     return losses
+
+
+def _checked_loss(loss: object, trains: bool) -> Tensor:
+    """Returns what a loss function gave, if it can be minimised."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and (loss.requires_grad or not trains):
+        return loss.reshape(())
+    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        found += " without a gradient"
+    raise ConfigError(
+        f"The loss function returned {found}, expected a scalar tensor with a gradient. Return for example "
+        "functional.cross_entropy(model(images), labels), without .item() or .detach()."
+    )
 
 
 def _move_weights(method: PruningMethod, run: MethodRun) -> None:
@@ -323,8 +337,9 @@ def _restored(method: PruningMethod, run: MethodRun, phases: list[Phase], saved:
     load_loader_states(run.batches_, under_prefix("random", saved.tensors))
     run.logs[:] = [EpochLog(**log) for log in values["logs"]]
     run.notes[:] = values["notes"]
-    where = f"after epoch {place.epochs} of {phases[place.phase].epochs} of phase '{values['name']}'"
-    run.watcher.note(f"continued from checkpoint {saved.number}, {where}")
+    epochs = phases[place.phase].epochs
+    where = f"after epoch {place.epochs} of {epochs} of " if epochs else "after "
+    run.watcher.note(f"continued from checkpoint {saved.number}, {where}phase '{values['name']}'")
     return place
 
 
@@ -332,6 +347,18 @@ def _restore_machinery(run: MethodRun, saved: Saved) -> None:
     values = cast("dict[str, Any]", saved.values)
     load_optimizer_states(run.optimizers, values["optimizers"], under_prefix("optimizer", saved.tensors))
     load_random_states(run.model, run.batches_, values["random"], under_prefix("random", saved.tensors))
+
+
+def _check_weights(stretch: _Stretch, epoch: int) -> None:
+    """Refuses weights that the last step of an epoch has destroyed: they must not be saved as good."""
+    parameters = dict(stretch.run.model.named_parameters())
+    finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()])
+    if not bool(finite.all()):
+        name = next(name for name, fine in zip(parameters, finite.tolist()) if not fine)
+        raise TrainingError(
+            f"'{name}' is not finite after epoch {epoch + 1} of phase '{stretch.phase.name}', expected finite weights. "
+            f"Lower the learning rate ({stretch.run.settings.learning_rate:g}), or clip gradients (max_gradient_norm)."
+        )
 
 
 def _no_number(stretch: _Stretch, epoch: int, step: int | None, loss: float) -> TrainingError:

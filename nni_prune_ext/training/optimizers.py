@@ -22,6 +22,7 @@ def make_optimizers(run: MethodRun, phase: Phase) -> None:
     """Makes the method's optimizers, and the loop's own over all trainable parameters that none of them holds."""
     own = [] if phase.optimizers is None else list(phase.optimizers(run))
     held = {id(p) for optimizer in own for group in optimizer.param_groups for p in group["params"]}
+    _check_patterns(run)
     rest = {name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in held}
     run.default_optimizer = _optimizer(rest, run.settings) if rest else None
     run.optimizers = own if run.default_optimizer is None else [run.default_optimizer, *own]
@@ -69,3 +70,14 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) 
         return AdamW(groups, lr=settings.learning_rate)
     nesterov = settings.nesterov and settings.momentum > 0
     return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=nesterov)
+
+
+def _check_patterns(run: MethodRun) -> None:
+    """Refuses a parameter group that no parameter of the model belongs to: a misspelt pattern."""
+    names = [name for name, _ in run.model.named_parameters()]
+    for group in run.settings.parameter_groups:
+        if not any(fnmatchcase(name, group.pattern) for name in names):
+            raise ConfigError(
+                f"The parameter group '{group.pattern}' matches no parameter of {type(run.model).__name__}, expected a "
+                f"pattern of names such as {names[0]}. Correct it."
+            )

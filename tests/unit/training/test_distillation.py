@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 from small_task import everything, same, small_batches, small_net
 from torch import Tensor, nn
 from torch.nn import functional
@@ -57,14 +58,19 @@ def test_two_classes_by_hand() -> None:
     assert float(expected) == pytest.approx(float(found), rel=1e-5)
 
 
-def test_without_weight_it_is_the_users_loss_and_with_all_of_it_the_labels_play_no_part(batch: Batch) -> None:
+def test_nothing_to_distil_is_refused() -> None:
+    with pytest.raises(ValidationError, match="nothing is distilled"):
+        Distillation(weight=0.0)
+
+
+def test_with_hardly_any_weight_it_is_the_users_loss_and_with_all_of_it_the_labels_play_no_part(batch: Batch) -> None:
     student, teacher = small_net(), small_net(seed=1)
-    none = distilled(cross_entropy, teacher, Distillation(weight=0.0))
+    none = distilled(cross_entropy, teacher, Distillation(weight=1e-12))
     whole = distilled(cross_entropy, teacher, Distillation(weight=1.0))
     half = distilled(cross_entropy, teacher, Distillation(weight=0.5))
     other = (batch[0], (batch[1] + 1) % 3)
 
-    assert torch.equal(cross_entropy(student, batch), none(student, batch))
+    assert torch.allclose(cross_entropy(student, batch), none(student, batch))
     assert torch.equal(whole(student, batch), whole(student, other))
     with torch.no_grad():
         mean = (none(student, batch) + whole(student, batch)) / 2

@@ -266,3 +266,38 @@ def test_an_interruption_by_the_user_passes_through_and_the_run_can_be_continued
     assert modes == modes_of(model)
     assert [] == traces_on(model)
     assert same(everything(whole), everything(fresh))
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (lambda loss: loss.item(), "a float"),
+        (lambda loss: loss.detach(), r"a tensor of shape \(\) without a gradient"),
+        (lambda loss: torch.stack([loss, loss]), r"a tensor of shape \(2,\)"),
+        (lambda loss: {"loss": loss}, "a dict"),
+    ],
+)
+def test_a_loss_that_cannot_be_minimised_is_refused_with_what_it_was(returned, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"returned {found}, expected a scalar tensor"):
+        fit(small_net(), small_batches(), epochs=1, loss=lambda model, batch: returned(cross_entropy(model, batch)))
+
+
+def test_weights_that_the_last_step_destroyed_are_not_saved_as_good(tmp_path: Path) -> None:
+    model, batches = small_net(), small_batches()[:1]
+    settings = TrainingSettings(learning_rate=1e38, schedule="constant")
+
+    with pytest.raises(TrainingError, match="not finite after epoch 1 of phase 'fit'"):
+        fit(model, batches, epochs=2, settings=settings, checkpoints=Checkpoints(tmp_path, {}),
+            loss=lambda model, batch: 1e10 * cross_entropy(model, batch))  # fmt: skip
+
+    saved = Checkpoints(tmp_path, {}).latest()
+    assert saved is not None
+    assert 0 == saved.values["epochs"]
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_a_parameter_group_that_matches_nothing_is_refused() -> None:
+    settings = TrainingSettings(parameter_groups=({"pattern": "zzz*"},))
+
+    with pytest.raises(ConfigError, match=r"'zzz\*' matches no parameter"):
+        fit(small_net(), small_batches(), epochs=1, settings=settings)
