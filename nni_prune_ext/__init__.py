@@ -18,6 +18,7 @@ _PUBLIC = {
     "BatchLoader": "data.batches",
     "split_batches": "data.batches",
     "DataSource": "data.image_arrays",
+    "Loaders": "data.loaders",
     "TrainingSettings": "training",
     "accuracy": "training",
     "PruneResult": "pipeline",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from nni_prune_ext.costs import Costs, count_costs
     from nni_prune_ext.data.batches import BatchLoader, split_batches
     from nni_prune_ext.data.image_arrays import DataSource
+    from nni_prune_ext.data.loaders import Loaders
     from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import load_pruned, write_artefacts
     from nni_prune_ext.export.onnx_static import export_onnx

@@ -137,14 +137,6 @@ class Checkpoints:
             )
         return None
 
-    def remove(self) -> None:
-        """Deletes the folder with all its stages; killed half-way, it leaves nothing that could be continued."""
-        doomed = self.folder.with_name(f".unfinished-removal-{self.folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        if self.folder.is_dir():
-            self.folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
     def _numbers(self) -> list[int]:
         if not self.folder.is_dir():
             return []

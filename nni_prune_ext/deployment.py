@@ -30,29 +30,31 @@ from nni_prune_ext.export.artefact_folder import (
     check_unused,
     check_writable,
     complete_or_absent,
-    remove_artefacts,
-    remove_earlier_run,
 )
 from nni_prune_ext.export.artefact_loading import check_rebuilds
 from nni_prune_ext.export.artefact_loading import load_gated as load_gated
 from nni_prune_ext.export.artefact_loading import load_masks as load_masks
 from nni_prune_ext.export.artefact_loading import load_pruned as load_pruned
+from nni_prune_ext.export.earlier_run import check_replaceable, remove_artefacts, remove_earlier_run
 from nni_prune_ext.export.example_structure import ExampleStructure
 from nni_prune_ext.export.manifest import MethodUse, write_manifest
 from nni_prune_ext.export.manifest import add_parts as add_parts
 from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
 from nni_prune_ext.export.parity import FAIL
-from nni_prune_ext.export.weight_masks import check_masks, mask_facts, write_tensors
+from nni_prune_ext.export.weight_masks import check_finite, check_masks, mask_facts, write_tensors
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.models.weights import save_weights
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
-from nni_prune_ext.runtimes.base import InferenceRuntime, RunnableModel
-from nni_prune_ext.training import accuracy
+from nni_prune_ext.runtimes.base import Array, InferenceRuntime, RunnableModel
+from nni_prune_ext.training import Batches, accuracy
+from nni_prune_ext.training.processes import apart
 
 ImageBatches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+Metric: TypeAlias = Callable[[nn.Module, Batches], float]
+"""A model and batches → how good the model is on them; higher is better."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,18 @@ def write_artefacts(
         fail: largest relative difference between ONNX Runtime and PyTorch that is let pass.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or a file of somebody else would be replaced.
+        WeightsError: some weights are NaN or infinite.
         ArtefactError: the masks are not those of the weights, or the method would rebuild another gated network.
         ExportError: no ONNX file can be made, or its outputs differ from PyTorch's.
     """
+    check_replaceable(folder)
     facts = dict(properties or {})
     if weight_masks:
         check_masks(weight_masks, model.state_dict(), source="What was given to write_artefacts")
+    check_finite(model, source="The network to write")
     if gated_model is not None:
+        check_finite(gated_model, source="The gated network to write")
         check_rebuilds(method, model, gated_model, example_inputs)
     with complete_or_absent(folder) as draft:
         if plan is not None:
@@ -169,10 +175,7 @@ def compare_latency(
     Args:
         images: ``(N, C, H, W)``; rounds rotate over them.
     """
-    inputs = [[np.ascontiguousarray(image[None].numpy())] for image in images[:8]]
-    chosen = runtime(on)
-    entries = {name: (chosen, RunnableModel(onnx_path=path)) for name, path in paths.items()}
-    return measure_latency(entries, inputs, rounds=rounds, min_seconds=min_seconds, threads=1)
+    return _latency(paths, _single_images(images), Measurement(rounds, min_seconds), on=on)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,9 @@ def compare_variants(
     folder: Path,
     example_inputs: ExampleInputs,
     *,
-    test_batches: ImageBatches | None = None,
+    test_batches: Batches | None = None,
+    metric: Metric | None = None,
+    given_inputs: ExampleInputs | None = None,
     progress: Callable[[str], None] | None = None,
     spec: ModelSpec | None = None,
     overwrite: bool = True,
@@ -221,6 +226,8 @@ def compare_variants(
     Args:
         folder: gets one artefact folder per variant.
         test_batches: images and labels for accuracy in PyTorch and on ONNX Runtime; ``None`` measures no accuracy.
+        metric: of a model on the batches, in the place of top-1 accuracy; it is not measured on ONNX Runtime.
+        given_inputs: what parity and latency are measured on, instead of the first test images.
         progress: is told what is being done.
         spec: how the original model is built.
         overwrite: replace an earlier run in the folder; otherwise the folder must be empty.
@@ -233,9 +240,11 @@ def compare_variants(
         OutputError, ExportError: see ``write_artefacts``.
     """
     (check_writable if overwrite else check_unused)(folder)
+    for variant in variants:
+        check_replaceable(folder / variant.name)
     tell = progress or (lambda _: None)
-    images = None if test_batches is None else next(iter(test_batches))[0]
-    given = None if images is None else [images[:16]]
+    images = None if test_batches is None or given_inputs is not None else next(iter(test_batches))[0]
+    given = [given_inputs] if given_inputs is not None else None if images is None else [images[:16]]
     rows: list[Row] = []
     with complete_or_absent(folder) as draft:
         for variant in variants:
@@ -244,18 +253,33 @@ def compare_variants(
             files = _write_variant(variant, draft, example_inputs, given_inputs=given, spec=spec, fail=fail)
             row = replace(_row(variant, files, example_inputs, control=bool(rows)), parity_limit=fail)
             tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
-            rows.append(row if test_batches is None else _with_accuracy(row, variant, files.onnx, test_batches))
+            rows.append(row if test_batches is None else _with_accuracy(row, variant, files.onnx, test_batches, metric))
         latency = None
         if measurement is not None:
             tell("measuring latency, all networks side by side")
-            if images is None:
-                images = next(tensors_in(example_inputs))
             files_by_name = {variant.name: draft / variant.name / ONNX for variant in variants}
-            latency = compare_latency(
-                files_by_name, images, rounds=measurement.rounds, min_seconds=measurement.min_seconds
-            )
+            if given_inputs is not None:
+                inputs = [[np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors_in(given_inputs)]]
+            else:
+                inputs = _single_images(next(tensors_in(example_inputs)) if images is None else images)
+            latency = _latency(files_by_name, inputs, measurement, on="onnxruntime-cpu")
         remove_earlier_run(folder)
+        for variant in variants:  # those that no report names
+            remove_artefacts(folder / variant.name)
     return rows if latency is None else _with_latency(rows, latency), latency
+
+
+def _single_images(images: Tensor) -> list[list[Array]]:
+    return [[np.ascontiguousarray(image[None].numpy())] for image in images[:8]]
+
+
+def _latency(
+    paths: Mapping[str, Path], inputs: Sequence[Sequence[Array]], measurement: Measurement, *, on: str
+) -> LatencyReport:
+    chosen = runtime(on)
+    entries = {name: (chosen, RunnableModel(onnx_path=path)) for name, path in paths.items()}
+    rounds, min_seconds = measurement.rounds, measurement.min_seconds
+    return measure_latency(entries, inputs, rounds=rounds, min_seconds=min_seconds, threads=1)
 
 
 def _with_latency(rows: Sequence[Row], latency: LatencyReport) -> list[Row]:
@@ -308,13 +332,20 @@ def _origin(variant: Variant) -> dict[str, str]:
     }
 
 
-def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: ImageBatches) -> Row:
+def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: Batches, metric: Metric | None) -> Row:
+    measure = metric or accuracy
     return replace(
         row,
-        top1_removed=accuracy(variant.result.removed_only, batches) if variant.result else None,
-        top1=accuracy(variant.model, batches),
-        top1_onnx=onnx_accuracy(onnx, batches),
+        top1_removed=measure(variant.result.removed_only, batches) if variant.result else None,
+        top1=measure(variant.model, batches),
+        top1_onnx=onnx_accuracy(onnx, batches) if metric is None and _are_images(batches) else None,
     )
+
+
+def _are_images(batches: Batches) -> bool:
+    """Says whether batches are pairs of tensors, which a runtime can be given."""
+    first = next(iter(apart(batches)), None)
+    return isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(part, Tensor) for part in first)
 
 
 def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs, *, control: bool) -> Row:

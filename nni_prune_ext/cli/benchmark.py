@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nni_prune_ext.cli import options as o
+from nni_prune_ext.cli.json_lines import finite_values, json_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,9 +80,9 @@ def benchmark(
     result = _measure(job, runtimes)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, json_text.dumps(result.facts(), indent=1) + "\n")
+        write_text(out, json_text.dumps(finite_values(result.facts()), indent=1, allow_nan=False) + "\n")
     if json:
-        typer.echo(json_text.dumps({"event": "done", **result.facts()}))
+        typer.echo(json_line("done", result.facts()))
     else:
         _show(result)
     for name, reason in result.unusable.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_text
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nni_prune_ext.cli import options as o
+from nni_prune_ext.cli.json_lines import json_line
 
 if TYPE_CHECKING:
     from nni_prune_ext.export.onnx_static import ExportResult
@@ -33,7 +33,8 @@ def export(
     from nni_prune_ext.cli.job import open_job
     from nni_prune_ext.deployment import load_pruned
     from nni_prune_ext.errors import ConfigError
-    from nni_prune_ext.export.artefact_folder import ModelSpec, check_writable
+    from nni_prune_ext.export.artefact_folder import PLAN, WEIGHTS, ModelSpec, check_writable
+    from nni_prune_ext.export.manifest import checked_manifest
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.plan import PruningPlan
 
@@ -42,6 +43,8 @@ def export(
             "--plan and --artefact were both given, expected at most one: an artefact folder holds its own plan."
         )
     loaded = PruningPlan.load(plan) if plan is not None else None
+    if artefact is not None:
+        checked_manifest(artefact, needed=(PLAN, WEIGHTS))  # before anything in it is believed
     check_writable(out.parent)
     job = open_job(
         model,
@@ -61,7 +64,7 @@ def export(
     network, properties = job.model, {"model": job.spec.model_dump_json(exclude={"example"})}
     if artefact is not None:
         network = load_pruned(job.model, artefact, job.example)
-        properties["plan"] = (artefact / "plan.json").read_text(encoding="utf-8")
+        properties["plan"] = (artefact / PLAN).read_text(encoding="utf-8")
     elif loaded is not None:
         network = remove_channels(job.model, loaded, job.example, seed=seed).model
         properties["plan"] = loaded.to_json()
@@ -81,7 +84,7 @@ def _tell(result: ExportResult, out: Path, opset: int, *, as_json: bool) -> None
             "fallback_reason": result.fallback_reason,
             "parity": {"max_rel": result.parity.max_rel, "num_inputs": result.parity.num_inputs},
         }
-        typer.echo(json_text.dumps({"event": "done", **facts}))
+        typer.echo(json_line("done", facts))
         return
     typer.echo(
         f"{out}: {result.size_bytes:,} bytes, opset {opset}, exporter {result.exporter}, largest relative difference "

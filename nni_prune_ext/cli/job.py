@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nni_prune_ext.cli.json_lines import json_line
 from nni_prune_ext.cli.options import RECIPE_KEYS
 from nni_prune_ext.errors import ConfigError
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from nni_prune_ext.workbench import Job, RunResult
 
 
-def recipe_of(context: typer.Context, settings: Sequence[str], *, method: str | None, complete: bool = True) -> Recipe:
-    """Returns the recipe that the options of a command say, checked; messages name the options.
+def recipe_of(
+    context: typer.Context, settings: Sequence[str], *, method: str | None, complete: bool = True
+) -> tuple[Recipe, Origins]:
+    """Returns the recipe that the options of a command say, checked, and which option said what, for messages.
 
     Args:
         settings: ``--set`` texts, which win.
@@ -33,7 +36,7 @@ def recipe_of(context: typer.Context, settings: Sequence[str], *, method: str | 
     origins = Origins("command line")
     set_options(context, values, origins)
     override(values, origins, settings)
-    return recipe_from(values, origins=origins, complete=complete)
+    return recipe_from(values, origins=origins, complete=complete), origins
 
 
 def set_options(context: typer.Context, values: dict[str, object], origins: Origins) -> None:
@@ -58,7 +61,7 @@ def set_options(context: typer.Context, values: dict[str, object], origins: Orig
             origins.places[path] = "--no-" + place[2:] if value is False else place
 
 
-def carry_out(recipe: Recipe, *, dry_run: bool, resume: bool, overwrite: bool, as_json: bool) -> None:
+def carry_out(recipe: Recipe, origins: Origins, *, dry_run: bool, resume: bool, overwrite: bool, as_json: bool) -> None:
     """Carries out a recipe and tells what came of it; a missed target ends the command with exit code 1."""
     from nni_prune_ext.cli.progress import progress_watcher  # imported here to keep --help instant
     from nni_prune_ext.training import Watcher
@@ -68,10 +71,10 @@ def carry_out(recipe: Recipe, *, dry_run: bool, resume: bool, overwrite: bool, a
     if dry_run:
         if recipe.out is not None:
             checked_folder(recipe, resume=resume, overwrite=overwrite)
-        _tell_work(recipe, as_json=as_json)
+        _tell_work(recipe, origins, as_json=as_json)
         return
     with progress_watcher(as_json) if is_main() else nullcontext(Watcher()) as watcher:
-        result = execute(recipe, resume=resume, overwrite=overwrite, watcher=watcher)
+        result = execute(recipe, resume=resume, overwrite=overwrite, watcher=watcher, origins=origins)
     if not is_main():
         return
     if as_json:
@@ -82,10 +85,10 @@ def carry_out(recipe: Recipe, *, dry_run: bool, resume: bool, overwrite: bool, a
         raise typer.Exit(1)
 
 
-def _tell_work(recipe: Recipe, *, as_json: bool) -> None:
+def _tell_work(recipe: Recipe, origins: Origins, *, as_json: bool) -> None:
     from nni_prune_ext.workbench import prepare, work_to_do  # imported here to keep --help instant
 
-    work = work_to_do(prepare(recipe))
+    work = work_to_do(prepare(recipe, origins=origins))
     if as_json:
         tell_json("dry-run", recipe=recipe.model_dump(mode="json"), work=work)
     else:
@@ -215,7 +218,7 @@ def _put(values: dict[str, object], path: Sequence[str], value: object) -> None:
 
 def tell_json(event: str, **facts: object) -> None:
     """Prints one line of JSON."""
-    typer.echo(json.dumps({"event": event, **facts}, default=str))
+    typer.echo(json_line(event, facts))
 
 
 def _show(recipe: Recipe, result: RunResult) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nni_prune_ext.cli import options as o
+from nni_prune_ext.cli.json_lines import json_line
 
 if TYPE_CHECKING:
     from nni_prune_ext.registry import Kind
@@ -34,14 +35,14 @@ def list_plugins(
 
     if kind and kind not in (*KINDS, "models"):
         facts = _facts_of(kind)
-        typer.echo(json_text.dumps(facts)) if json else _show_one(facts)
+        typer.echo(json_line("done", facts)) if json else _show_one(facts)
         return
     found: dict[str, dict[str, dict[str, object]]] = {
         one: {name: {**_facts(one, name, check=check)} for name in plugins(one)} for one in KINDS if kind in ("", one)
     }
     if json:
         models = {"models": builtin_names()} if kind in ("", "models") else {}
-        typer.echo(json_text.dumps({**found, **models}))
+        typer.echo(json_line("done", {**found, **models}))
         return
     for one, entries in found.items():
         typer.echo(f"{one}:")

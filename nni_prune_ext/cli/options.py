@@ -40,6 +40,7 @@ RECIPE_KEYS = {
     "accumulation_steps": "training.accumulation_steps",
     "patience": "training.patience",
     "loss": "loss",
+    "metric": "metric",
     "distill": "distillation.weight",
     "temperature": "distillation.temperature",
     "control": "control",

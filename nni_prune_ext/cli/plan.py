@@ -48,10 +48,10 @@ def plan(
     from nni_prune_ext.pipeline import prune
     from nni_prune_ext.workbench import prepare
 
-    recipe = recipe_of(context, settings, method=method, complete=False)
+    recipe, origins = recipe_of(context, settings, method=method, complete=False)
     if save is not None:
         check_writable(save.parent)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, origins=origins)
     result = None
     if recipe.target:
         result = prune(

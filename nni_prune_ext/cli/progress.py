@@ -1,31 +1,37 @@
-"""What long work shows: bars on a terminal, one line per epoch elsewhere, or JSON lines for machines.
+"""What long work shows: bars on a terminal, lines per epoch (within long ones too) elsewhere, or JSON for machines.
 
 With ``json=True`` every line on standard output is one object with the key ``event``:
 
 * ``{"event": "phase", "name", "epochs", "done", "total"}``: a phase begins; ``done`` of the stage's ``total`` epochs
   lie behind;
+* ``{"event": "step", "phase", "epoch", "epochs", "step", "steps", "loss", "done", "total"}``: an epoch (0-based, of
+  the phase's ``epochs``) is under way, at batch ``step`` of ``steps`` (``null`` where the data does not say); at most
+  every 10 seconds, so that short epochs have none; ``loss`` is that of the last batch;
 * ``{"event": "epoch", "phase", "epoch", "loss", "learning_rate", "seconds", "metric"}``: an epoch (0-based) is done;
   ``metric`` is the validation metric, ``null`` where none was measured; a ``loss`` that is no number is ``null``;
-* ``{"event": "note", "text"}``: something that a person should know.
+* ``{"event": "note", "text"}``: something that a person should know; among it phases without epochs, such as a cut.
 """
 
 from __future__ import annotations
 
-import json as json_lines
-import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from typing import TextIO
+from typing import Final, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from nni_prune_ext.cli.json_lines import json_line
 from nni_prune_ext.training.settings import EpochLog, StepLog, Watcher
+
+STEP_SECONDS: Final = 10.0
+"""Shortest time between two lines about steps; on a terminal the bars move all the time."""
 
 
 @contextmanager
@@ -57,17 +63,28 @@ def progress_watcher(json: bool, *, console: Console | None = None) -> Iterator[
 
 
 class JsonLines(Watcher):
-    """Writes phases, epochs and notes as JSON, one object per line."""
+    """Writes phases, steps of long epochs, epochs and notes as JSON, one object per line."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
+        self._pause = _Pause(clock)
 
     def phase(self, name: str, epochs: int, *, done: int, total: int) -> None:
-        """Writes that a phase begins."""
+        """Writes that a phase begins; a note if it has no epochs."""
+        self._pause.begin()
+        if not epochs:
+            self.note(_without_epochs(name))
+            return
         self._write("phase", {"name": name, "epochs": epochs, "done": done, "total": total})
+
+    def step(self, log: StepLog) -> None:
+        """Writes where a long epoch stands."""
+        if self._pause.is_over():
+            self._write("step", asdict(log))
 
     def epoch(self, log: EpochLog) -> None:
         """Writes that an epoch is done."""
+        self._pause.begin()
         self._write("epoch", asdict(log))
 
     def note(self, text: str) -> None:
@@ -75,19 +92,32 @@ class JsonLines(Watcher):
         self._write("note", {"text": text})
 
     def _write(self, event: str, values: dict[str, object]) -> None:
-        finite = {key: _finite(value) for key, value in values.items()}
-        self._stream.write(json_lines.dumps({"event": event, **finite}, allow_nan=False) + "\n")
+        self._stream.write(json_line(event, values) + "\n")
         self._stream.flush()
 
 
 class EpochLines(Watcher):
-    """Writes one line per epoch and per note."""
+    """Writes one line per epoch, per phase without epochs and per note, and lines within long epochs."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._pause = _Pause(clock)
+
+    def phase(self, name: str, epochs: int, *, done: int, total: int) -> None:
+        """Writes the line of a phase without epochs; those with epochs are in the lines of these."""
+        self._pause.begin()
+        if not epochs:
+            self.note(_without_epochs(name))
+
+    def step(self, log: StepLog) -> None:
+        """Writes where a long epoch stands."""
+        if self._pause.is_over():
+            of = "" if log.steps is None else f" of {log.steps}"
+            self._line(f"{log.phase} epoch {log.epoch + 1} of {log.epochs}, batch {log.step}{of}: loss {log.loss:.4f}")
 
     def epoch(self, log: EpochLog) -> None:
         """Writes the line of an epoch."""
+        self._pause.begin()
         self._line(f"{log.phase} epoch {log.epoch + 1}: {_epoch_facts(log)}, {log.seconds:.0f} s")
 
     def note(self, text: str) -> None:
@@ -108,8 +138,11 @@ class Bars(Watcher):
         self._done = self._total = 0
 
     def phase(self, name: str, epochs: int, *, done: int, total: int) -> None:
-        """Names the phase on the bar of the stage; another stage begins a new bar."""
+        """Names the phase on the bar of the stage; another stage begins a new bar. One without epochs is a note."""
         self._close_batches()
+        if not epochs:
+            self.note(_without_epochs(name))
+            return
         if self._stage is not None and (done < self._done or total != self._total):
             self.progress.remove_task(self._stage)
             self._stage = None
@@ -150,6 +183,25 @@ class Bars(Watcher):
             self._batches = None
 
 
+class _Pause:
+    """The time since something was last written."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since = clock()
+
+    def begin(self) -> None:
+        """Begins again."""
+        self._since = self._clock()
+
+    def is_over(self) -> bool:
+        """Says whether it was long enough, and begins again if it was."""
+        if self._clock() - self._since < STEP_SECONDS:
+            return False
+        self.begin()
+        return True
+
+
 class _Pace(ProgressColumn):
     """Batches per second for the bar of an epoch, time left for the bar of a stage."""
 
@@ -166,6 +218,5 @@ def _epoch_facts(log: EpochLog) -> str:
     return f"loss {log.loss:.4f}{validation}"
 
 
-def _finite(value: object) -> object:
-    """Returns ``None`` for what JSON has no number for."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _without_epochs(name: str) -> str:
+    return f"{name}: no epochs"

@@ -55,6 +55,9 @@ def prune(
     loss: Annotated[
         str | None, typer.Option(help="module.path:function of (model, batch); cross-entropy by default.")
     ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="module.path:function of (model, batches), higher is better; top-1 by default.")
+    ] = None,
     control: Annotated[
         bool | None,
         typer.Option(
@@ -78,5 +81,5 @@ def prune(
     """Prunes, certifies, recovers, exports to ONNX, checks parity, and measures before and after."""
     from nni_prune_ext.cli.job import carry_out, recipe_of  # imported here to keep --help instant
 
-    recipe = recipe_of(context, settings, method=method)
-    carry_out(recipe, dry_run=dry_run, resume=resume, overwrite=overwrite, as_json=json)
+    recipe, origins = recipe_of(context, settings, method=method)
+    carry_out(recipe, origins, dry_run=dry_run, resume=resume, overwrite=overwrite, as_json=json)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from nni_prune_ext.report import RunReport
 
 
+_PRINTED = {"rows", "targets", "metric"}
+
+
 def report(
     runs: Annotated[
         list[Path],
@@ -55,22 +58,26 @@ def _print_json(runs: list[Path], reports: list[RunReport], out: Path) -> None:
     import json
 
     shown = [
-        {"run": str(run), "title": one.heading, **one.model_dump(mode="json", include={"rows", "targets"})}
+        {"run": str(run), "title": one.heading, **json.loads(one.model_dump_json(include=_PRINTED))}
         for run, one in zip(runs, reports)
     ]
-    typer.echo(json.dumps({"out": str(out), "runs": shown}))
+    typer.echo(json.dumps({"event": "done", "out": str(out), "runs": shown}))
 
 
 def _print_table(reports: list[RunReport], out: Path) -> None:
     from rich.console import Console
 
     from nni_prune_ext.report import comparison_table
+    from nni_prune_ext.report.run_names import run_names
     from nni_prune_ext.report.verdicts import target_verdict
 
     console = Console(width=160)
     several = len(reports) > 1
-    groups = {f"{number}. {one.heading}" if several else "": one.rows for number, one in enumerate(reports, start=1)}
-    console.print(comparison_table(groups, title=f"{len(reports)} runs" if several else reports[0].heading))
+    names = [f"{number}. {name}" for number, name in enumerate(run_names(reports), start=1)] if several else [""]
+    metrics = {name: one.metric_name for name, one in zip(names, reports)}
+    title = f"{len(reports)} runs" if several else reports[0].heading
+    rows = {name: one.rows for name, one in zip(names, reports)}
+    console.print(comparison_table(rows, title=title, metrics=metrics))
     for number, one in enumerate(reports, start=1):
         for target in one.targets:
             sentence = target_verdict(target).text

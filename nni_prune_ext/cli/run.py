@@ -24,9 +24,12 @@ def run(
     """Carries out a recipe: train, prune, recover, export, check and measure, as far as it says."""
     from nni_prune_ext.cli.job import carry_out, set_options  # imported here to keep --help instant
     from nni_prune_ext.recipes import override, read_yaml, recipe_from
+    from nni_prune_ext.workbench import check_recipe_survives
 
     values, origins = read_yaml(recipe)
     set_options(context, values, origins)
     override(values, origins, settings)
     checked = recipe_from(values, origins=origins)
-    carry_out(checked, dry_run=dry_run, resume=resume, overwrite=overwrite, as_json=json)
+    if overwrite:
+        check_recipe_survives(recipe, checked.out)
+    carry_out(checked, origins, dry_run=dry_run, resume=resume, overwrite=overwrite, as_json=json)

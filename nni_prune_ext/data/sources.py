@@ -19,11 +19,12 @@ from nni_prune_ext.data.image_folders import (
     decode_images,
     find_splits,
 )
+from nni_prune_ext.data.loaders import Loaders
 from nni_prune_ext.data.splitting import split_off, split_off_share
-from nni_prune_ext.errors import ConfigError, DataError
+from nni_prune_ext.errors import ConfigError, DataError, NniPruneExtError
 from nni_prune_ext.specs import did_you_mean, import_factory
 
-__all__ = ["Augment", "DataSource", "ImageArrays", "open_data"]
+__all__ = ["Augment", "DataSource", "ImageArrays", "Loaders", "open_data", "open_source"]
 
 SPEC_NAMES = ("digits", "cifar10", "imagefolder")
 SPEC_FORMS = "digits, cifar10:ROOT, imagefolder:PATH, or module.path:factory"
@@ -81,6 +82,33 @@ def open_data(
         >>> source.input_shape, source.num_classes, len(source.train)
         ((1, 16, 16), 10, 100)
     """
+    source = open_source(
+        spec, image_size=image_size, limit=limit, seed=seed, download=download, mean=mean, std=std
+    )  # fmt: skip
+    if isinstance(source, Loaders):
+        raise DataError(
+            f"The factory '{spec}' returned Loaders, expected a DataSource: images are wanted here. Use loaders with "
+            "`run` and `prune`, or return a DataSource."
+        )
+    return source
+
+
+def open_source(
+    spec: str,
+    *,
+    image_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> DataSource | Loaders:
+    """Open a data source like `open_data`; a factory may also return `Loaders`, which are taken as they are.
+
+    Raises:
+        DataError: see `open_data`; or options for images were given for loaders.
+        ConfigError: if an option is out of range.
+    """
     for option, value in (("image_size", image_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} is {value}, expected at least 1. Leave it out for the default.")
@@ -94,7 +122,11 @@ def open_data(
     elif name == "imagefolder":
         source = _open_image_folder(Path(place).expanduser(), image_size, limit, seed)
     else:
-        source = _open_factory(spec)
+        made = _open_factory(spec)
+        if isinstance(made, Loaders):
+            _refuse_image_options(spec, image_size=image_size, limit_images=limit, mean=mean, std=std)
+            return made
+        source = made
     source = _limited(_resized(source, image_size), limit, seed)
     return dataclasses.replace(
         source,
@@ -201,16 +233,34 @@ def _open_image_folder(root: Path, image_size: int | None, limit: int | None, se
     )
 
 
-def _open_factory(spec: str) -> DataSource:
+def _open_factory(spec: str) -> DataSource | Loaders:
     if ":" not in spec:
         raise DataError(f"There is no data source '{spec}'. Expected {SPEC_FORMS}.{did_you_mean(spec, SPEC_NAMES)}")
-    source = import_factory(spec, error=DataError, prefixes=SPEC_NAMES)()
-    if not isinstance(source, DataSource):
+    factory = import_factory(spec, error=DataError, prefixes=SPEC_NAMES)
+    try:
+        source = factory()
+    except NniPruneExtError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
         raise DataError(
-            f"The factory '{spec}' returned a {type(source).__name__}, expected a DataSource. Return "
-            f"nni_prune_ext.data.sources.DataSource."
+            f"The factory '{spec}' raised {type(error).__name__}: {error}. Expected it to return a DataSource or "
+            "Loaders when it is called without arguments. Mend it."
+        ) from error
+    if not isinstance(source, (DataSource, Loaders)):
+        raise DataError(
+            f"The factory '{spec}' returned a {type(source).__name__}, expected a DataSource or Loaders. Return one of "
+            f"them; both are in nni_prune_ext.data."
         )
     return source
+
+
+def _refuse_image_options(spec: str, **options: object) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise DataError(
+            f"'{spec}' returns loaders, on which {given[0]} has no effect, expected it only with images that are held "
+            "in memory. Leave it out, and do it in the loaders."
+        )
 
 
 def _limited(source: DataSource, limit: int | None, seed: int) -> DataSource:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nni_prune_ext.errors import ModelError, OutputError
 from nni_prune_ext.export.example_structure import ExampleStructure
@@ -30,9 +31,20 @@ REPORT = "report.json"
 REPORT_PAGE = "report.html"
 READ_PARTS = (PLAN, WEIGHTS, ONNX, f"{ONNX}.data", SPEC, MASKS, GATED)
 """The parts that this package reads back; texts such as reports may lie beside them."""
-_FILES = (MANIFEST, *READ_PARTS, REPORT, REPORT_PAGE)
 _DRAFT = ".unfinished-"
-_DAY_SECONDS = 86400
+_DRAFT_NAME = re.compile(r"\.unfinished-(?P<host>.+)-(?P<pid>[1-9][0-9]*)-[a-z0-9_]{8}")
+_MARKER = "draft-of-nni_prune_ext"
+_CONTENT = "files"
+
+
+def _whole_number(value: object) -> object:
+    if type(value) is not int:
+        raise ValueError(f"{json.dumps(value)} is no whole number")
+    return value
+
+
+FormatOne: TypeAlias = Annotated[Literal[1], BeforeValidator(_whole_number)]
+"""Version 1 of a format; unlike a plain ``Literal[1]`` it refuses ``true``, which equals 1 in Python."""
 
 
 class ModelSpec(BaseModel):
@@ -56,7 +68,7 @@ class ModelSpec(BaseModel):
     example: ExampleStructure | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    format: Literal[1] = 1
+    format: FormatOne = 1
 
     def save(self, folder: Path) -> None:
         """Writes the specification into an artefact folder, atomically."""
@@ -78,34 +90,34 @@ class ModelSpec(BaseModel):
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise ModelError(
                 f"'{path}' is not a usable model specification ({reason}). Expected what `nni-prune-ext prune` writes. "
-                "Delete it and give --num-classes and --input-shape instead."
+                "Copy the whole folder again from where it was made."
             ) from error
 
 
 def check_writable(folder: Path) -> None:
-    """Makes sure that a folder can be created and written to, before any work; leaves nothing behind.
-
-    Drafts that killed runs left in it are removed.
+    """Makes sure that a folder can be created and written to, before any work; makes and removes nothing.
 
     Raises:
         OutputError: it cannot.
     """
     try:
-        _remove_stale_drafts(_nearest_existing(folder))
-        with tempfile.TemporaryDirectory(dir=_nearest_existing(folder), prefix=_draft_prefix()):
+        with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
             pass
     except OSError as error:
         raise _unwritable(folder, error) from error
 
 
 def check_unused(folder: Path) -> None:
-    """Makes sure that a folder is empty or absent, and that it can be written to.
+    """Makes sure that a folder is empty or absent, and that it can be written to; makes and removes nothing.
+
+    What a killed run of this package has left unfinished there does not count.
 
     Raises:
         OutputError: it cannot, or it holds something.
     """
     check_writable(folder)
-    found = next(folder.iterdir(), None) if folder.exists() else None
+    paths = folder.iterdir() if folder.exists() else iter(())
+    found = next((path for path in paths if not _is_of_killed_run(path)), None)
     if found is not None:
         raise OutputError(
             f"The folder '{folder}' already holds '{found.name}', expected an empty or new folder: two runs would mix. "
@@ -117,45 +129,50 @@ def check_unused(folder: Path) -> None:
 def complete_or_absent(folder: Path) -> Iterator[Path]:
     """Yields an empty folder on the same file system; its files move to ``folder`` if the block ends without an error.
 
-    Drafts that killed runs left in the same place are removed first. Of every folder the manifest moves last, so that
-    what a kill leaves half-moved is refused when it is read.
+    Drafts that killed runs of this package left in the same place are removed first. Of every folder the manifest
+    moves first, so that what a kill leaves half-moved lacks parts and is refused, and is known as ours when it is
+    written again.
 
     Raises:
         OutputError: the files cannot be written or moved.
     """
     parent = _nearest_existing(folder)
     try:
-        _remove_stale_drafts(parent)
+        _remove_drafts_of_killed_runs(parent)
         draft = tempfile.TemporaryDirectory(dir=parent, prefix=_draft_prefix())
     except OSError as error:
         raise _unwritable(folder, error) from error
     with draft as name:
-        yield Path(name)
+        content = Path(name) / _CONTENT
+        with _explained(folder):
+            (Path(name) / _MARKER).write_text(Path(name).name, encoding="utf-8")
+            content.mkdir()
         try:
-            _move_into(folder, Path(name))
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+            yield content
+        except (OSError, OutputError) as error:
+            full = disk_full(error)
+            if full is None:
+                raise
+            raise _unwritable(folder, full) from error
+        with _explained(folder):
+            _move_into(folder, content)
 
 
-def remove_earlier_run(folder: Path) -> None:
-    """Removes the reports of an earlier run and the artefacts of the networks in it; all other files stay."""
+def disk_full(error: BaseException | None) -> OSError | None:
+    """Returns the error beneath another one that says that no space, or no quota of this user, is left, if any."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__
+    return None
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     try:
-        rows = json.loads((folder / REPORT).read_bytes())["rows"]
-        names = [str(row["name"]) for row in rows]
-    except (OSError, ValueError, LookupError, TypeError):  # no earlier run, or a report that is not ours
-        return
-    (folder / REPORT).unlink()
-    (folder / REPORT_PAGE).unlink(missing_ok=True)
-    for artefacts in (folder / name for name in names if Path(name).name == name):
-        remove_artefacts(artefacts)
-        if artefacts.is_dir() and not any(artefacts.iterdir()):
-            artefacts.rmdir()
-
-
-def remove_artefacts(folder: Path) -> None:
-    """Removes the files that an artefact folder may hold, the manifest first; all other files stay."""
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _nearest_existing(folder: Path) -> Path:
@@ -167,29 +184,43 @@ def _draft_prefix() -> str:
     return f"{_DRAFT}{socket.gethostname()}-{os.getpid()}-"
 
 
-def _remove_stale_drafts(parent: Path) -> None:
-    """Removes the drafts of processes that have ended on this machine, and those a day old of unknown owners."""
-    for draft in parent.glob(f"{_DRAFT}*"):
-        if draft.is_dir() and not _in_use(draft):
-            shutil.rmtree(draft, ignore_errors=True)
+def _remove_drafts_of_killed_runs(parent: Path) -> None:
+    for path in parent.glob(f"{_DRAFT}*"):
+        if _is_of_killed_run(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _in_use(draft: Path) -> bool:
-    host, _, rest = draft.name.removeprefix(_DRAFT).rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname() or not rest.isdigit() or os.name == "nt":  # there os.kill would end the process
-        return time.time() - draft.stat().st_mtime < _DAY_SECONDS
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
+def _is_of_killed_run(path: Path) -> bool:
+    """Says whether a folder is beyond doubt the draft of a process of this package that ended on this machine.
+
+    The name must be one that we give, the marker in it must repeat that name, nothing else may lie beside what we put
+    there, and the process must have ended here. Whatever else looks like it is somebody else's, however old it is.
+    """
+    named = _DRAFT_NAME.fullmatch(path.name)
+    if not named or named["host"] != socket.gethostname() or path.is_symlink() or not path.is_dir():
         return False
-    except (PermissionError, OverflowError):
+    try:
+        marked = (path / _MARKER).read_text(encoding="utf-8") == path.name
+        return marked and {_MARKER, _CONTENT} >= set(os.listdir(path)) and _has_ended(int(named["pid"]))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _has_ended(pid: int) -> bool:
+    if os.name == "nt":  # there os.kill would end the process
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return True
-    return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _move_into(target: Path, source: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
+    for path in sorted(source.iterdir(), key=lambda path: (path.name != MANIFEST, path.name)):
         if path.is_dir():
             _move_into(target / path.name, path)
         else:
@@ -199,6 +230,12 @@ def _move_into(target: Path, source: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:
+    if disk_full(error):
+        return OutputError(
+            f"Cannot write to '{folder}': no space left ({error.strerror}). Expected room for all files of the run; "
+            "what lay there before is as it was. Make space on that disk, then go on with --resume (from Python: call "
+            "again)."
+        )
     return OutputError(
         f"Cannot write to '{folder}': {error.strerror or error}. Expected a folder that you may write to. Choose "
         "another one with --out."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nni_prune_ext.errors import ArtefactError, ModelError, UnknownPluginError
 from nni_prune_ext.export.artefact_folder import GATED, MASKS, PLAN, WEIGHTS, ModelSpec
 from nni_prune_ext.export.manifest import MethodUse, checked_manifest
-from nni_prune_ext.export.weight_masks import check_masks, read_tensors
+from nni_prune_ext.export.weight_masks import check_finite, check_masks, read_tensors
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import MethodSpec
 from nni_prune_ext.models.weights import load_weights
@@ -38,13 +38,14 @@ def load_pruned(model: ModelOrBuilder, folder: Path, example_inputs: ExampleInpu
     Raises:
         ArtefactError: a part is missing, damaged, or not of this network; the folder holds a dense network.
         PlanError: the plan is unusable or for another model.
-        WeightsError: the weights do not fit.
+        WeightsError: the weights do not fit, or some are NaN or infinite.
         ModelError: the function builds no model, or the folder does not describe the example inputs.
     """
     checked_manifest(folder, needed=(PLAN, WEIGHTS))
     example = _example_of(folder) if example_inputs is None else example_inputs
     compact = cut_channels(_built(model), PruningPlan.load(folder / PLAN), example).model
     load_weights(compact, folder / WEIGHTS)
+    check_finite(compact, source=f"'{folder / WEIGHTS}'")
     if (folder / MASKS).exists():
         check_masks(read_tensors(folder / MASKS), compact.state_dict(), source=f"'{folder / MASKS}'")
     return compact
@@ -74,7 +75,8 @@ def load_gated(
     Args:
         model: the original model with any weights, or a function that builds it.
         example_inputs: as for ``load_pruned``.
-        spec: the method, where it is not registered under its name.
+        spec: the method, where it is not registered under its name. One that was used as ``module:SPEC`` must be
+            passed: a folder never decides what code is imported.
 
     Raises:
         ArtefactError: as for ``load_pruned``; or the folder holds no gated network, or its method is unknown here, does
@@ -84,15 +86,29 @@ def load_gated(
     manifest = checked_manifest(folder, needed=(GATED,))
     builder = _gated_builder(manifest.method, spec)
     if builder is None:
-        name = manifest.method.name if manifest.method else "unknown"
-        raise ArtefactError(
-            f"The gated network in '{folder}' cannot be rebuilt: its method '{name}' is not registered here or has no "
-            "build_gated, expected a method that says how. Install the package that it came from, or pass spec=."
-        )
+        raise _not_rebuilt(folder, manifest.method.name if manifest.method else "unknown", spec)
     example = _example_of(folder) if example_inputs is None else example_inputs
     gated = builder(load_pruned(model, folder, example), example)
     load_weights(gated, folder / GATED)
+    check_finite(gated, source=f"'{folder / GATED}'")
     return gated
+
+
+def _not_rebuilt(folder: Path, name: str, spec: MethodSpec | None) -> ArtefactError:
+    module, _, attribute = name.partition(":")
+    if spec is not None:
+        reason = f"the method '{spec.name}' that was passed has no build_gated, expected one that says how"
+        way_on = f"Pass the spec of '{name}'."
+    elif attribute:
+        reason = (
+            f"its method '{name}' is not registered, and no folder decides what code is imported, expected the method "
+            "from you"
+        )
+        way_on = f"If you trust that code: from {module} import {attribute}, and pass spec={attribute}."
+    else:
+        reason = f"its method '{name}' is not registered here or has no build_gated, expected a method that says how"
+        way_on = "Install the package that it came from, or pass spec=."
+    return ArtefactError(f"The gated network in '{folder}' cannot be rebuilt: {reason}. {way_on}")
 
 
 def check_rebuilds(

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from nni_prune_ext.errors import ArtefactError
-from nni_prune_ext.export.artefact_folder import MANIFEST, READ_PARTS
+from nni_prune_ext.export.artefact_folder import MANIFEST, READ_PARTS, FormatOne
 from nni_prune_ext.export.provenance import package_version
 from nni_prune_ext.export.weight_masks import MaskFacts
 from nni_prune_ext.text_files import write_text
@@ -63,11 +63,18 @@ class Manifest(BaseModel):
     parts: dict[str, Part]
     method: MethodUse | None = None
     masks: dict[str, MaskFacts] = Field(default_factory=dict)
-    format: Literal[1] = FORMAT
+    format: FormatOne = FORMAT
 
     def save(self, folder: Path) -> None:
-        """Writes the manifest into an artefact folder, atomically."""
-        write_text(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
+        """Writes the manifest and its own hash into an artefact folder, atomically."""
+        body = json.loads(self.model_dump_json())
+        write_text(folder / MANIFEST, json.dumps({**body, "sha256": body_sha256(body)}, indent=1) + "\n")
+
+
+def body_sha256(content: Mapping[str, object]) -> str:
+    """Returns the SHA-256 of all keys of a manifest but ``sha256``: as ASCII JSON, keys sorted, without blanks."""
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_manifest(
@@ -84,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of an artefact folder, without looking at the parts.
 
     Raises:
-        ArtefactError: there is none, it cannot be read, or it is of a newer format.
+        ArtefactError: there is none, it cannot be read, is damaged, or is of a newer format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -95,12 +102,15 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        _check_body(path, content)
+        if type(content.get("format")) is int and content["format"] > FORMAT:
             raise ArtefactError(
                 f"'{path}' is of format {content['format']}, expected at most {FORMAT}: a newer version "
                 f"({content.get('package_version', 'unknown')}) wrote it. Read it with that version."
             )
-        return Manifest.model_validate(content)
+        return Manifest.model_validate({key: value for key, value in content.items() if key != "sha256"})
     except (OSError, ValueError) as error:  # a ValidationError is a ValueError
         raise ArtefactError(
             f"'{path}' cannot be read ({_reason(error)}), expected the manifest of an artefact folder. Copy the whole "
@@ -163,6 +173,17 @@ def add_parts(folder: Path, parts: Mapping[str, str]) -> None:
     manifest.model_copy(update={"parts": {**kept, **added}}).save(folder)
 
 
+def _check_body(path: Path, content: Mapping[str, object]) -> None:
+    """Refuses a manifest that was changed after it was written, before any part is blamed for it."""
+    expected, found = content.get("sha256"), body_sha256(content)
+    if expected != found:
+        raise ArtefactError(
+            f"'{path}' itself is damaged or was edited: its content has SHA-256 {found}, but its key sha256 says "
+            f"{json.dumps(expected)}. Expected the same. Copy the whole folder again from where it was made; after an "
+            "intended change, write it with nni_prune_ext.export.manifest.write_manifest."
+        )
+
+
 def _check_part(folder: Path, name: str, part: Part) -> None:
     path = folder / name
     if Path(name).name != name or not path.is_file():
@@ -172,10 +193,16 @@ def _check_part(folder: Path, name: str, part: Part) -> None:
     seen = Part.of(path)
     if seen != part:
         raise ArtefactError(
-            f"'{path}' is damaged or of another run: {seen.size_bytes:,} bytes with SHA-256 {seen.sha256[:12]}…, "
-            f"expected {part.size_bytes:,} bytes with {part.sha256[:12]}…. Copy the whole folder again from where it "
-            "was made."
+            f"'{path}' is damaged or of another run: {_difference(seen, part)} as its manifest says. Copy the whole "
+            "folder again from where it was made."
         )
+
+
+def _difference(seen: Part, expected: Part) -> str:
+    """Says in what two parts differ, in full: shortened hashes may look the same."""
+    if seen.size_bytes != expected.size_bytes:
+        return f"it has {seen.size_bytes:,} bytes, expected {expected.size_bytes:,}"
+    return f"it has SHA-256 {seen.sha256}, expected {expected.sha256}"
 
 
 def _reason(error: Exception) -> str:

@@ -17,11 +17,13 @@ import onnx
 from torch import nn
 
 from nni_prune_ext.errors import ExportError, ModelError, OutputError, ParityError
+from nni_prune_ext.export.artefact_folder import disk_full
 from nni_prune_ext.export.exporters import ExporterName, export_graph, first_line
 from nni_prune_ext.export.frozen_model import evaluation_mode, exportable_form
 from nni_prune_ext.export.model_call import ModelCall, as_call, named_leaves
 from nni_prune_ext.export.parity import FAIL, ParityReport, check_parity
 from nni_prune_ext.export.provenance import provenance
+from nni_prune_ext.export.weight_masks import not_finite
 from nni_prune_ext.inputs import ExampleInputs
 
 ONE_FILE_LIMIT_BYTES = 1_500_000_000
@@ -121,6 +123,8 @@ def _temporary_folder_beside(path: Path) -> Iterator[Path]:
     try:
         folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
+        if disk_full(error):
+            raise _no_space(path, error) from error
         raise OutputError(
             f"The ONNX file cannot be written to '{path}': {error.strerror}. Expected an existing folder with "
             "permission to write. Create the folder or choose another path."
@@ -157,13 +161,29 @@ def _write(proto: onnx.ModelProto, draft: Path, model: nn.Module) -> None:
             'that onnx.checker accepts. Try the other exporter with exporter="torchscript" or exporter="dynamo".'
         ) from error
     except OSError as error:
+        if disk_full(error):
+            raise _no_space(draft.parent.parent / draft.name, error) from error
         raise OutputError(
-            f"Writing the ONNX file to '{draft.parent.parent}' failed: {error.strerror}. Expected room for "
-            f"{weights_bytes} bytes. Free space or choose another path."
+            f"Writing the ONNX file to '{draft.parent.parent}' failed: {error.strerror}. Expected a folder that takes "
+            f"{weights_bytes:,} bytes. Choose another path."
         ) from error
 
 
+def _no_space(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"The ONNX file cannot be written to '{path}': no space left ({error.strerror}). Expected room for the "
+        "weights; an older file there is as it was. Make space on that disk and export again, or choose another path."
+    )
+
+
 def _require_parity(parity: ParityReport, model: nn.Module, fail: float) -> None:
+    if parity.not_finite:
+        raise ParityError(
+            f"{type(model).__name__} itself computes NaN or infinity in PyTorch, for {parity.not_finite} of "
+            f"{parity.num_inputs} inputs; {_not_finite_weights(model)}. Expected finite outputs: an ONNX file cannot "
+            "be compared with anything else, and was not kept. Train again with a smaller learning rate, or go back to "
+            "weights from before training diverged."
+        )
     if not parity.passed:
         raise ParityError(
             f"The ONNX file of {type(model).__name__} does not compute what PyTorch computes: relative difference "
@@ -172,13 +192,26 @@ def _require_parity(parity: ParityReport, model: nn.Module, fail: float) -> None
         )
 
 
+def _not_finite_weights(model: nn.Module) -> str:
+    found = not_finite(dict(model.named_parameters()))
+    if not found:
+        return "its weights are finite, so they are too large, or a layer divides by zero"
+    return "its weights hold such values: " + ", ".join(f"{count:,} in '{name}'" for name, count in found.items())
+
+
 def _publish(folder: Path, path: Path) -> Path | None:
     """Moves the finished files to their place, the one that refers to the other last."""
     data_path = _data_path(path)
     has_data = (folder / data_path.name).exists()
-    if has_data:
-        (folder / data_path.name).replace(data_path)
-    (folder / path.name).replace(path)
+    try:
+        if has_data:
+            (folder / data_path.name).replace(data_path)
+        (folder / path.name).replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"The ONNX file cannot be written to '{path}': {error.strerror}. Expected the name of a new file, or of "
+            "one to replace. Choose another path."
+        ) from error
     return data_path if has_data else None
 
 

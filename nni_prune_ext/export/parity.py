@@ -55,6 +55,7 @@ class ParityReport:
         warn: Relative difference above which a warning is logged.
         fail: Relative difference above which the file has failed.
         varied: Whether PyTorch's outputs changed with the inputs; if not, their agreement proves little.
+        not_finite: Number of inputs for which PyTorch itself computes NaN or infinity: no file can agree with that.
         passed: Whether `max_rel` is finite and at most `fail`.
     """
 
@@ -67,6 +68,7 @@ class ParityReport:
     warn: float
     fail: float
     varied: bool
+    not_finite: int
     passed: bool
 
     def to_dict(self) -> dict[str, object]:
@@ -235,6 +237,7 @@ def _summarise(
         warn=warn,
         fail=fail,
         varied=_varied([expected for expected, _ in pairs]),
+        not_finite=sum(not all(np.isfinite(output).all() for output in expected) for expected, _ in pairs),
         passed=passed,
     )
 

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from nni_prune_ext.errors import ArtefactError, OutputError
+from nni_prune_ext.errors import ArtefactError, OutputError, WeightsError
 
 Pattern = Literal["2:4", "unstructured"]
 
@@ -78,6 +78,30 @@ def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, s
                 "not. Expected zeros wherever the mask says so. Set them to zero before writing, or take masks and "
                 "weights from one run."
             )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns how many values of each tensor are NaN or infinite; tensors without any are left out."""
+    counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def check_finite(model: nn.Module, *, source: str) -> None:
+    """Refuses a network with parameters that are NaN or infinite; buffers may hold infinity, as attention masks do.
+
+    Args:
+        source: where the network comes from, for the message.
+
+    Raises:
+        WeightsError: it has some.
+    """
+    found = not_finite(dict(model.named_parameters()))
+    for name, count in found.items():
+        raise WeightsError(
+            f"{source} has {count:,} values that are NaN or infinite in '{name}' ({len(found)} such tensors in all), "
+            "expected finite weights. Training has probably diverged: train again with a smaller learning rate, or go "
+            "back to weights from before that."
+        )
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

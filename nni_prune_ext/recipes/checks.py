@@ -16,6 +16,22 @@ from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.specs import did_you_mean, import_object
 
 _LONGEST_VALUE = 60
+_EXPECTED = {
+    "model_type": "a mapping: keys with values",
+    "dict_type": "a mapping: keys with values",
+    "tuple_type": "a list",
+    "string_type": "text",
+    "path_type": "a path as text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+"""The kinds of a value by the type of pydantic's error."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, complete: bool = True) -> Recipe:
@@ -89,7 +105,19 @@ def _with_method_options(recipe: Recipe, origins: Origins) -> tuple[Recipe, int]
         raise RecipeError("\n".join(lines)) from error
     except NniPruneExtError as error:
         raise RecipeError(f"{origins.subject(('options',))}: {error}") from error
+    _check_registered(options, origins)
     return recipe.model_copy(update={"options": options.model_dump(mode="json")}), epochs
+
+
+def _check_registered(options: BaseModel, origins: Origins) -> None:
+    """Refuses names of schedulers that nobody registered, which a method would only find out at its first cut."""
+    for key, info in type(options).model_fields.items():
+        extra, name = info.json_schema_extra, getattr(options, key)
+        if isinstance(extra, dict) and "registered" in extra and isinstance(name, str):
+            try:
+                load_plugin("schedulers", name)
+            except NniPruneExtError as error:
+                raise RecipeError(f"{origins.subject(('options', key))}: {error}") from error
 
 
 def _spec(name: str) -> MethodSpec:
@@ -154,6 +182,10 @@ def _reason(error: ErrorDetails) -> str:
         expected = str(error.get("ctx", {}).get("expected", ""))
         names = expected.replace("'", "").replace(" or ", ", ").split(", ")
         return f"expected {expected}.{did_you_mean(str(error['input']), names)}"
+    if error["loc"][:1] == ("target",) and error["type"] in _EXPECTED:
+        return "expected text such as macs=0.5, or a list of it."
+    if error["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[error['type']]}."
     text = error["msg"].removeprefix("Value error, ").rstrip(".")
     for start, ours in {"Input should be greater": "a value greater", "Input should be less": "a value less"}.items():
         text = text.replace(start, f"expected {ours}")

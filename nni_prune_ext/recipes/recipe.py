@@ -14,7 +14,7 @@ from nni_prune_ext.errors import TargetError
 from nni_prune_ext.training.distillation import Distillation
 from nni_prune_ext.training.settings import TrainingSettings
 
-SHORT_FORMS = {"model": "name", "data": "source", "recovery": "epochs"}
+SHORT_FORMS = {"model": "name", "data": "source", "train": "epochs", "recovery": "epochs"}
 """Sections that may be written as one value: ``model: resnet20`` is ``model: {name: resnet20}``."""
 
 
@@ -26,7 +26,7 @@ class ModelSection(BaseModel):
     name: str = Field(min_length=1, description="`resnet56`, `torchvision:NAME`, `timm:NAME` or `module.path:factory`")
     weights: Path | None = Field(default=None, description="weights of the dense network: safetensors or a safe `.pt`")
     pretrained: bool = Field(default=False, description="let torchvision or timm download its weights")
-    num_classes: int | None = Field(default=None, ge=1, description="classes; the data's own by default")
+    num_classes: int | None = Field(default=None, ge=1, strict=True, description="classes; the data's own by default")
     input_shape: tuple[int, ...] | None = Field(default=None, description="N,C,H,W of the example; the data's own")
 
     @field_validator("input_shape", mode="before")
@@ -53,9 +53,9 @@ class DataSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(min_length=1, description="`digits`, `cifar10:ROOT`, `imagefolder:PATH` or `module:factory`")
-    batch_size: int = Field(default=128, ge=1, description="images per training batch")
-    image_size: int | None = Field(default=None, ge=1, description="height and width of the images")
-    limit_images: int | None = Field(default=None, ge=1, description="at most so many images per split")
+    batch_size: int = Field(default=128, ge=1, strict=True, description="images per training batch")
+    image_size: int | None = Field(default=None, ge=1, strict=True, description="height and width of the images")
+    limit_images: int | None = Field(default=None, ge=1, strict=True, description="at most so many images per split")
     download: bool = Field(default=False, description="let torchvision download CIFAR-10")
     mean: tuple[float, ...] | None = Field(default=None, description="per channel, for pixels in 0–1; the source's own")
     std: tuple[float, ...] | None = Field(default=None, description="per channel, for pixels in 0–1; the source's own")
@@ -71,7 +71,7 @@ class DataSection(BaseModel):
 class TrainSection(TrainingSettings):
     """Training of the dense network before anything else: epochs, and the settings of ``training``."""
 
-    epochs: int = Field(ge=1, description="epochs of the dense network's own training")
+    epochs: int = Field(ge=1, strict=True, description="epochs of the dense network's own training")
 
     def settings(self) -> TrainingSettings:
         """Returns the settings without the epochs."""
@@ -83,7 +83,7 @@ class RecoverySection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(ge=0, description="epochs after the cut")
+    epochs: int = Field(ge=0, strict=True, description="epochs after the cut")
 
 
 class MeasureSection(BaseModel):
@@ -91,7 +91,7 @@ class MeasureSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rounds: int = Field(default=30, ge=2, description="rounds in which all networks take turns")
+    rounds: int = Field(default=30, ge=2, strict=True, description="rounds in which all networks take turns")
     min_seconds: float = Field(default=2.0, ge=0, description="shortest time for all rounds together")
 
 
@@ -116,6 +116,9 @@ class Recipe(BaseModel):
     recovery: RecoverySection | None = None
     distillation: Distillation | None = None
     loss: str | None = Field(default=None, description="`module.path:function` of (model, batch); cross-entropy")
+    metric: str | None = Field(
+        default=None, description="`module.path:function` of (model, batches), higher is better; top-1 accuracy"
+    )
     control: bool | None = Field(
         default=None, description="a row for the dense network, trained as long; on where something trains"
     )
@@ -124,7 +127,7 @@ class Recipe(BaseModel):
         default="auto", description="where it computes; `auto` takes a GPU if there is one"
     )
     keep_checkpoints: bool = Field(default=False, description="keep OUT/checkpoints when the run is done")
-    seed: int = Field(default=0, ge=0, description="of everything random")
+    seed: int = Field(default=0, ge=0, strict=True, description="of everything random")
     out: Path | None = Field(default=None, description="the run's folder")
 
     @model_validator(mode="before")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 import yaml
 
-from nni_prune_ext.errors import RecipeError
+from nni_prune_ext.errors import NniPruneExtError, RecipeError
 from nni_prune_ext.recipes.recipe import SHORT_FORMS
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -44,6 +45,18 @@ class Origins:
         """Returns the beginning of a message about a key; an option that sets just this key stands for it."""
         place, name = self.of(path), dotted(path)
         return place if place.startswith("--") and " " not in place and path in self.places else f"{place}: {name}"
+
+    @contextmanager
+    def named(self, *path: str | int) -> Iterator[None]:
+        """Puts a key and its place before the message of a mistake that the block finds."""
+        try:
+            yield
+        except NniPruneExtError as error:
+            raise self.placed(error, *path) from error
+
+    def placed(self, error: NniPruneExtError, *path: str | int) -> NniPruneExtError:
+        """Returns an error of the same kind that begins with a key and its place, where places are known."""
+        return type(error)(f"{self.subject(path)}: {error}") if self.places else error
 
     def mention(self, name: str) -> str | None:
         """Returns a key with its place in brackets; ``None`` for a key that was not given."""

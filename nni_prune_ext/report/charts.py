@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from nni_prune_ext.report import number_text
 from nni_prune_ext.report.facts import EpochFacts, WidthFacts
 from nni_prune_ext.report.label_places import place_labels
 from nni_prune_ext.report.rows import Kind
-from nni_prune_ext.report.svg import GRID, INK, MUTED, PAPER, SERIES, TRACK, as_svg, empty_figure
+from nni_prune_ext.report.svg import FONT, GRID, INK, MUTED, PAPER, SERIES, TRACK, as_svg, empty_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 450
-"""Of every chart, in SVG units: legible when scaled to a phone, and two fit side by side on a desk."""
+WIDTH = 350
+"""Of every chart, in SVG units: no wider than a phone, so that letters keep their size there; a desk scales it up."""
 MARKERS: Mapping[Kind, str] = {"dense": "o", "control": "D", "pruned": "s"}
 LAYERS_PER_CHART = 40
 
@@ -31,7 +32,7 @@ class Network:
         kind: gives its marker.
         run: number of its run, from 0; gives its colour.
         cost: MACs or milliseconds.
-        accuracy: top-1, 0–1.
+        accuracy: top-1, 0–1, or another metric of which more is better.
     """
 
     label: str
@@ -50,26 +51,27 @@ def pareto_front(networks: Sequence[Network]) -> list[Network]:
     return front
 
 
-def scatter(networks: Sequence[Network], *, axis: str, name: str) -> str | None:
+def scatter(networks: Sequence[Network], *, axis: str, name: str, metric: str = number_text.TOP1) -> str | None:
     """Returns accuracy over cost with the Pareto front; ``None`` without a network."""
     if not networks:
         return None
     unit, scale = _unit(max(network.cost for network in networks)) if axis == "MACs" else ("ms", 1.0)
-    with empty_figure(WIDTH, 340) as figure:
+    percent = 100.0 if metric == number_text.TOP1 else 1.0
+    with empty_figure(WIDTH, 300) as figure:
         axes = figure.subplots()
-        at = [(network.cost / scale, 100 * network.accuracy) for network in networks]
-        front = [(one.cost / scale, 100 * one.accuracy) for one in pareto_front(networks)]
+        at = [(network.cost / scale, percent * network.accuracy) for network in networks]
+        front = [(one.cost / scale, percent * one.accuracy) for one in pareto_front(networks)]
         axes.plot(*zip(*front), drawstyle="steps-post", color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1.5)
         for network, (x, y) in zip(networks, at):
             colour = SERIES[network.run % len(SERIES)]
             marker = MARKERS[network.kind]
             face = colour if network.kind == "pruned" else PAPER
             axes.plot([x], [y], marker, markersize=7, markerfacecolor=face, markeredgecolor=colour, mew=1.6, zorder=3)
-        _pad(axes, at)
+        _pad(axes, at, least=percent / 100)
         axes.set_xlabel(f"{axis} ({unit})" if unit else axis)
-        axes.set_ylabel("top-1 (%)")
+        axes.set_ylabel("top-1 (%)" if metric == number_text.TOP1 else elided(metric, 30))
         place_labels(axes, at, [one.label for one in networks], stairs=front, colour=INK, line=MUTED)
-        return as_svg(figure, name=name, description=f"Top-1 accuracy over {axis}, {len(networks)} networks")
+        return as_svg(figure, name=name, description=f"{metric} over {axis}, {len(networks)} networks")
 
 
 def width_charts(widths: Sequence[WidthFacts], *, name: str) -> list[str]:
@@ -112,6 +114,8 @@ def note_charts(notes: Sequence[Mapping[str, float | None]], *, name: str, most:
     charts: dict[str, str] = {}
     for number, key in enumerate(keys[:most]):
         found = [(_number(note.get("progress")), _number(note.get(key))) for note in notes if key in note]
+        if len(found) < 2:  # a single point is no curve
+            continue
         with empty_figure(WIDTH, 170) as figure:
             axes = figure.subplots()
             marker = "o" if len(found) <= 40 else ""
@@ -141,11 +145,11 @@ def _width_chart(widths: Sequence[WidthFacts], *, name: str) -> str:
             axes.barh(row, 100, height=0.62, color=TRACK)
             axes.barh(row, 100 * kept, height=0.62, color=SERIES[0])
             text = f"{width.before} → {width.after}"
-            axes.text(105, row, text, va="center", size=10.5, color=INK if kept < 1 else MUTED)
-        axes.set_yticks(range(len(widths)), [elided(width.layer, 30) for width in widths], size=10.5)
+            axes.text(105, row, text, va="center", size=FONT, color=INK if kept < 1 else MUTED)
+        axes.set_yticks(range(len(widths)), [elided(width.layer, 22) for width in widths], size=FONT)
         axes.set_ylim(len(widths) - 0.4, -0.6)
         axes.set_xlim(0, 152)
-        axes.set_xticks([0, 50, 100], ["0", "50", "100 % kept"], size=10.5)
+        axes.set_xticks([0, 50, 100], ["0", "50", "100 % kept"], size=FONT)
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)
         return as_svg(figure, name=name, description=f"Share of channels kept in {len(widths)} layers")
@@ -158,11 +162,11 @@ def _mark_phases(panels: Sequence[Axes], epochs: Sequence[EpochFacts]) -> None:
         for axes in panels:
             if start:
                 axes.axvline(start + 0.5, color=GRID, linewidth=1.2, zorder=0.5)
-        room = int((end - start) / len(epochs) * (WIDTH - 90) / 6.5)
+        room = int((end - start) / len(epochs) * (WIDTH - 80) / 7)
         if epochs[start].phase and room >= min(4, len(epochs[start].phase)):
             text, top = elided(epochs[start].phase, max(room, 2)), panels[0]
             place = ((start + end) / 2 + 0.5, 1.03)
-            top.text(*place, text, transform=top.get_xaxis_transform(), ha="center", size=10, color=MUTED)
+            top.text(*place, text, transform=top.get_xaxis_transform(), ha="center", size=FONT, color=MUTED)
 
 
 def elided(text: str, length: int) -> str:
@@ -173,14 +177,14 @@ def elided(text: str, length: int) -> str:
     return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
 
 
-def _pad(axes: Axes, at: Sequence[tuple[float, float]]) -> None:
-    """Leaves room around the points, and does not blow up a difference of less than a point."""
-    for limits, values, least in (
+def _pad(axes: Axes, at: Sequence[tuple[float, float]], *, least: float) -> None:
+    """Leaves room around the points, and does not blow up a difference in accuracy below the least one that counts."""
+    for limits, values, smallest in (
         (axes.set_xlim, [x for x, _ in at], 0.1 * max(x for x, _ in at)),
-        (axes.set_ylim, [y for _, y in at], 1.0),
+        (axes.set_ylim, [y for _, y in at], least),
     ):
         low, high = min(values), max(values)
-        span = max(high - low, least) or 1.0
+        span = max(high - low, smallest) or 1.0
         middle = (low + high) / 2
         limits(middle - 0.68 * span, middle + 0.68 * span)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nni_prune_ext.errors import ArtefactError
+from nni_prune_ext.report import number_text
 from nni_prune_ext.report.rows import Kind, Row
 from nni_prune_ext.text_files import write_text
 
 FORMAT = 1
 FILE_NAME = "report.json"
+MANIFEST = "manifest.json"
+"""Of an artefact folder; read here as plain JSON, because its own reader needs torch."""
 
 
 class _Facts(BaseModel):
@@ -116,6 +120,8 @@ class RunReport(_Facts):
         widths: every prunable layer, in model order.
         curves: finished epochs by stage, for example ``l1`` and ``dense-trained-longer``.
         notes: numbers that the method logged, each with its ``progress`` (0–1).
+        metric: what the accuracy columns hold, as ``module:function``; ``None`` for top-1 accuracy.
+        folder: where the report was read from; not written.
     """
 
     format: Literal[1]
@@ -144,29 +150,42 @@ class RunReport(_Facts):
     facts: dict[str, float | None] = {}
     curves: dict[str, tuple[EpochFacts, ...]] = {}
     notes: tuple[dict[str, float | None], ...] = ()
+    metric: str | None = None
+    folder: Path | None = Field(default=None, exclude=True)
 
     @property
     def heading(self) -> str:
         """Returns the title, or one made of model and method."""
         return self.title or f"{self.model or 'unknown model'}, {self.method or 'no method'}"
 
+    @property
+    def metric_name(self) -> str:
+        """Returns what the accuracy columns hold, for a heading: ``top-1``, or the name of the metric's function."""
+        return self.metric.rsplit(":", 1)[-1] if self.metric else number_text.TOP1
+
     def kind(self, row: Row) -> Kind:
         """Returns what a row of this run is; the first one is the dense network, whatever it says."""
         return "dense" if row is self.rows[0] else row.kind
+
+    def is_uncut(self, row: Row) -> bool:
+        """Says whether a network has the very costs of the dense one, so that there was nothing to certify."""
+        return (row.macs, row.params) == (self.rows[0].macs, self.rows[0].params)
 
     @classmethod
     def load(cls, path: Path) -> RunReport:
         """Reads a ``report.json``, or the one in a run folder or artefact folder.
 
         Raises:
-            ArtefactError: there is none, or it is damaged or of another format; file and key are named.
+            ArtefactError: there is none, it is damaged or of another format, or it is not the one that the manifest
+                beside it names; file and key are named.
         """
         file = path / FILE_NAME if path.is_dir() else path
         content = _read_json(file)
+        _check_hash(file)
         if not isinstance(content, dict) or content.get("format") != FORMAT or "rows" not in content:
             raise ArtefactError(f"{_foreign(file, content)} Make it again with this version of nni-prune-ext.")
         try:
-            return cls.model_validate(content)
+            return cls.model_validate(content).model_copy(update={"folder": file.resolve().parent})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -197,10 +216,32 @@ def _read_json(file: Path) -> object:
         ) from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise ArtefactError(
-            f"'{file}' is not readable as JSON: {error}. Expected the {FILE_NAME} that `nni-prune-ext prune` writes. "
+            f"'{file}' is not readable as JSON: {error}. Expected the {file.name} that `nni-prune-ext prune` writes. "
             "Restore the file, or make it again."
         ) from error
     return content
+
+
+def _check_hash(file: Path) -> None:
+    """Compares a report in an artefact folder with the hash in the folder's manifest."""
+    manifest = file.parent / MANIFEST
+    if file.name != FILE_NAME or not manifest.is_file():
+        return
+    content = _read_json(manifest)
+    parts = content.get("parts") if isinstance(content, dict) else None
+    part = parts.get(FILE_NAME) if isinstance(parts, dict) else None
+    expected = part.get("sha256") if isinstance(part, dict) else None
+    if not isinstance(expected, str):
+        raise ArtefactError(
+            f"'{file}' lies in an artefact folder whose {MANIFEST} gives no hash for it, expected one: the file is not "
+            "of this network. Copy the whole folder again from where it was made, or give the run folder."
+        )
+    seen = hashlib.sha256(file.read_bytes()).hexdigest()
+    if seen != expected:
+        raise ArtefactError(
+            f"'{file}' is damaged or of another run: its SHA-256 is {seen[:12]}…, expected {expected[:12]}… from the "
+            f"{MANIFEST} beside it. Copy the whole folder again from where it was made, or give the run folder."
+        )
 
 
 def _foreign(file: Path, content: object) -> str:

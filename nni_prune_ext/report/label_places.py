@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from nni_prune_ext.report.svg import FONT
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
-_SIZE, _GAP, _POINT = 11.0, 2.0, 6.0
+_GAP, _POINT = 2.0, 6.0
 _RADII = (9.0, 18.0, 30.0, 44.0, 60.0)
 _ANGLES = (0, 180, 90, 270, 35, 145, 325, 215, 65, 115, 295, 245)
 
@@ -65,7 +67,7 @@ def _candidates(x: float, y: float, width: float, height: float) -> Iterable[Box
 
 
 def _extent(axes: Axes, label: str) -> tuple[float, float]:
-    text = axes.text(0, 0, label, size=_SIZE)
+    text = axes.text(0, 0, label, size=FONT)
     extent = text.get_window_extent()
     text.remove()
     return extent.width, extent.height
@@ -74,7 +76,7 @@ def _extent(axes: Axes, label: str) -> tuple[float, float]:
 def _draw(axes: Axes, label: str, point: tuple[float, float], box: Box, *, colour: str, line: str) -> None:
     left, bottom, right, top = box
     place = axes.transData.inverted().transform(((left + right) / 2, (bottom + top) / 2))
-    axes.text(float(place[0]), float(place[1]), label, size=_SIZE, color=colour, ha="center", va="center", zorder=4)
+    axes.text(float(place[0]), float(place[1]), label, size=FONT, color=colour, ha="center", va="center", zorder=4)
     near = (min(max(point[0], left), right), min(max(point[1], bottom), top))
     if math.dist(near, point) > 14:
         ends = axes.transData.inverted().transform([point, near])

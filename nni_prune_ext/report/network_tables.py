@@ -4,65 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from nni_prune_ext.report import number_text
 from nni_prune_ext.report.facts import LatencyRowFacts, RunReport
 from nni_prune_ext.report.page_parts import Cell, Column, Group, Table, cell, words
 from nni_prune_ext.report.rows import Row
+from nni_prune_ext.report.run_names import run_names
 from nni_prune_ext.report.verdicts import distance, is_met, target_name, target_number
+
+_Value: TypeAlias = Callable[[RunReport, Row], float | None]
+_Text: TypeAlias = Callable[[RunReport], Callable[[float], str]]
 
 
 @dataclass(frozen=True)
 class _Quantity:
+    """One column; ``{}`` in its heading stands for the name of the metric."""
+
     heading: str
-    value: Callable[[Row], float | None]
-    text: Callable[[float], str]
+    value: _Value
+    text: _Text
     pruned_only: bool = False
 
 
+def _plain(heading: str, value: Callable[[Row], float | None], text: Callable[[float], str]) -> _Quantity:
+    return _Quantity(heading, lambda _, row: value(row), lambda _: text)
+
+
+def _accuracy(heading: str, value: Callable[[Row], float | None], *, pruned_only: bool = False) -> _Quantity:
+    def text(report: RunReport) -> Callable[[float], str]:
+        return number_text.accuracy(report.metric_name)
+
+    return _Quantity(heading, lambda _, row: value(row), text, pruned_only)
+
+
+def _left(heading: str, value: Callable[[Row], float]) -> _Quantity:
+    def share(report: RunReport, row: Row) -> float | None:
+        whole = value(report.rows[0])
+        return value(row) / whole if whole else None
+
+    return _Quantity(heading, share, lambda _: lambda part: number_text.share(part, 1))
+
+
 _RESULT = (
-    _Quantity("top-1", lambda row: row.top1, number_text.percent),
-    _Quantity("top-1 ONNX", lambda row: row.top1_onnx, number_text.percent),
-    _Quantity("ONNX file", lambda row: row.onnx_bytes, number_text.size),
-    _Quantity("latency (ms)", lambda row: row.latency_ms, "{:.3f}".format),
-    _Quantity("× dense", lambda row: row.latency_ratio, "{:.3f}".format),
+    _accuracy("{}", lambda row: row.top1),
+    _left("MACs left", lambda row: row.macs),
+    _plain("latency × dense", lambda row: row.latency_ratio, "{:.3f}".format),
+    _plain("MACs", lambda row: row.macs, number_text.count),
+    _plain("parameters", lambda row: row.params, number_text.count),
+    _left("parameters left", lambda row: row.params),
+    _accuracy("{} ONNX", lambda row: row.top1_onnx),
+    _plain("ONNX file", lambda row: row.onnx_bytes, number_text.size),
+    _plain("latency (ms)", lambda row: row.latency_ms, "{:.3f}".format),
 )
+"""What a reader looks for first stands first: a phone shows three columns beside the network's name."""
 _FURTHER = (
-    _Quantity("top-1 after the cut", lambda row: row.top1_removed, number_text.percent, pruned_only=True),
-    _Quantity("validation metric", lambda row: row.validation, "{:.4f}".format),
-    _Quantity("weights at zero", lambda row: row.weight_sparsity, number_text.percent),
-    _Quantity("certificate", lambda row: row.certificate, number_text.error, pruned_only=True),
-    _Quantity("parity", lambda row: row.parity, number_text.error),
-    _Quantity("time", lambda row: row.seconds, number_text.duration),
+    _accuracy("{} after the cut", lambda row: row.top1_removed, pruned_only=True),
+    _plain("validation metric", lambda row: row.validation, "{:.4f}".format),
+    _plain("weights at zero", lambda row: row.weight_sparsity, number_text.percent),
+    replace(_plain("certificate", lambda row: row.certificate, number_text.error), pruned_only=True),
+    _plain("parity", lambda row: row.parity, number_text.error),
+    _plain("time", lambda row: row.seconds, number_text.duration),
 )
 
 
 def before_after(reports: Sequence[RunReport]) -> list[Table]:
     """Returns cost and result, then everything else, over all networks of all runs."""
     note = "“left” and “× dense” refer to the dense network of the same run."
-    first = _network_table("Before and after", reports, _RESULT, _costs, ("MACs", "left", "parameters", "left"), note)
-    second = _network_table("Recovery and checks", reports, _FURTHER, lambda *_: [], (), "")
+    first = _network_table("Before and after", reports, _RESULT, note)
+    second = _network_table("Recovery and checks", reports, _FURTHER, "")
     if len(second.columns) == 1:
         return [replace(first, note=f"{first.note} {second.note}")]
     return [first, second]
 
 
-def _network_table(
-    caption: str,
-    reports: Sequence[RunReport],
-    quantities: Sequence[_Quantity],
-    start: Callable[[Row, Row], list[Cell]],
-    headings: Sequence[str],
-    note: str,
-) -> Table:
+def _network_table(caption: str, reports: Sequence[RunReport], quantities: Sequence[_Quantity], note: str) -> Table:
     """Returns one row per network; what no network knows is said below instead of in a column."""
-    every = [row for report in reports for row in report.rows]
-    shown = [quantity for quantity in quantities if any(quantity.value(row) is not None for row in every)]
-    hidden = [quantity.heading for quantity in quantities if quantity not in shown]
-    columns = [Column("network", numeric=False)]
-    columns += [Column(heading) for heading in (*headings, *(quantity.heading for quantity in shown))]
+    metric = " / ".join(dict.fromkeys(report.metric_name for report in reports))
+    every = [(report, row) for report in reports for row in report.rows]
+    shown = [quantity for quantity in quantities if any(quantity.value(*one) is not None for one in every)]
+    cut = any(not report.is_uncut(row) for report, row in every)
+    hidden = [one.heading.format(metric) for one in quantities if one not in shown and (cut or not one.pruned_only)]
+    columns = [Column("network", numeric=False), *(Column(quantity.heading.format(metric)) for quantity in shown)]
     rows_of = [
-        [[_name(report, row), *start(row, report.rows[0]), *_measured(report, row, shown)] for row in report.rows]
+        [[_name(report, row), *(_cell(report, row, quantity) for quantity in shown)] for row in report.rows]
         for report in reports
     ]
     absent = f"Not measured for any network: {', '.join(hidden)}." if hidden else ""
@@ -70,43 +95,31 @@ def _network_table(
 
 
 def _groups(reports: Sequence[RunReport], rows_of: Sequence[Sequence[Sequence[Cell]]]) -> list[Group]:
-    several = len(reports) > 1
-    return [
-        Group(rows, report.heading if several else "", number)
-        for number, (report, rows) in enumerate(zip(reports, rows_of), start=1)
-    ]
+    names = run_names(reports) if len(reports) > 1 else [""]
+    return [Group(rows, name, number) for number, (name, rows) in enumerate(zip(names, rows_of), start=1)]
 
 
 def _name(report: RunReport, row: Row) -> Cell:
     return Cell(row.name, mark=report.kind(row), exact=report.kind(row))
 
 
-def _costs(row: Row, dense: Row) -> list[Cell]:
-    return [
-        cell(row.macs, number_text.count),
-        Cell(number_text.share(row.macs, dense.macs)),
-        cell(row.params, number_text.count),
-        Cell(number_text.share(row.params, dense.params)),
-    ]
-
-
-def _measured(report: RunReport, row: Row, shown: Sequence[_Quantity]) -> list[Cell]:
-    return [
-        Cell("not cut", "missing")
-        if quantity.pruned_only and report.kind(row) != "pruned" and quantity.value(row) is None
-        else cell(quantity.value(row), quantity.text)
-        for quantity in shown
-    ]
+def _cell(report: RunReport, row: Row, quantity: _Quantity) -> Cell:
+    value = quantity.value(report, row)
+    if value is None and quantity.pruned_only:
+        if report.kind(row) != "pruned":
+            return Cell("not cut", "missing")
+        if report.is_uncut(row):
+            return Cell("nothing was cut", "missing")
+    return cell(value, quantity.text(report))
 
 
 def asked_achieved(reports: Sequence[RunReport]) -> Table:
     """Returns every target of every run with its verdict."""
-    headings = ("dense", "asked", "achieved", "distance")
     columns = [Column("run", numeric=False, wraps=True), Column("target", numeric=False)]
-    columns += [*map(Column, headings), Column("verdict", numeric=False)]
+    columns += [Column("verdict", numeric=False), *map(Column, ("asked", "achieved", "distance", "dense"))]
     rows = [
-        [Cell(report.heading, run=number), *cells]
-        for number, report in enumerate(reports, start=1)
+        [Cell(name, run=number), *cells]
+        for number, (name, report) in enumerate(zip(run_names(reports), reports), start=1)
         for cells in _target_cells(report)
     ]
     return Table("Asked and achieved", columns, [Group(rows)])
@@ -114,15 +127,15 @@ def asked_achieved(reports: Sequence[RunReport]) -> Table:
 
 def _target_cells(report: RunReport) -> list[list[Cell]]:
     if not report.targets:
-        return [[Cell("none recorded", "missing"), *[Cell("unknown", "missing")] * 5]]
+        return [[Cell("none asked", "missing"), *[Cell("–", "missing")] * 5]]
     return [
         [
             Cell(target.target, exact=target_name(target)),
-            Cell(target_number(target, target.dense if target.metric != "ratio" else 0.0)),
+            _VERDICT_CELLS[is_met(target)],
             Cell(target_number(target, target.asked)),
             Cell(target_number(target, target.achieved)),
             Cell(distance(target)),
-            _VERDICT_CELLS[is_met(target)],
+            Cell(target_number(target, target.dense if target.metric != "ratio" else 0.0)),
         ]
         for target in report.targets
     ]

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+TOP1 = "top-1"
+"""Name of the accuracy wherever no other metric is recorded."""
+
+
+def accuracy(metric: str) -> Callable[[float], str]:
+    """Returns what writes an accuracy: percent for top-1, the bare number for any other metric."""
+    return percent if metric == TOP1 else "{:.4f}".format
+
+
+def accuracy_difference(metric: str) -> Callable[[float], str]:
+    """Returns what writes the difference of two accuracies, with its sign."""
+    return points if metric == TOP1 else _signed
 
 
 def count(value: float) -> str:
@@ -28,6 +42,12 @@ def points(difference: float) -> str:
     rounded = round(100 * difference, 2)
     sign = "−" if rounded < 0 else "+" if rounded > 0 else "±"
     return f"{sign}{abs(rounded):.2f} points"
+
+
+def _signed(difference: float) -> str:
+    rounded = round(difference, 4)
+    sign = "−" if rounded < 0 else "+" if rounded > 0 else "±"
+    return f"{sign}{abs(rounded):.4f}"
 
 
 def size(num_bytes: float) -> str:

@@ -10,10 +10,13 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from nni_prune_ext.errors import ArtefactError
+from nni_prune_ext.report.accuracy_charts import accuracy_section
 from nni_prune_ext.report.facts import RunReport
 from nni_prune_ext.report.network_tables import asked_achieved, before_after
-from nni_prune_ext.report.page_parts import Figure, Section, Verdict
-from nni_prune_ext.report.sections import pareto_section, run_sections
+from nni_prune_ext.report.page_parts import Figure, Section, Tone, Verdict
+from nni_prune_ext.report.recipe_differences import differences_section
+from nni_prune_ext.report.run_names import run_names
+from nni_prune_ext.report.sections import run_sections
 from nni_prune_ext.report.verdicts import is_met, key_figures, target_verdict, verdicts
 from nni_prune_ext.text_files import write_text
 
@@ -59,7 +62,8 @@ def page(reports: Sequence[RunReport]) -> str:
     )
     environment.filters.update(breakable=_breakable, unbroken=_unbroken)
     alone = len(reports) == 1
-    runs = [_run(report, index, alone=alone) for index, report in enumerate(reports)]
+    names = run_names(reports)
+    runs = [_run(report, index, names[index], alone=alone) for index, report in enumerate(reports)]
     return environment.get_template("page.html.j2").render(
         title=reports[0].heading if alone else f"{len(reports)} runs compared",
         verdicts=[] if alone else list(_comparison_verdicts(reports)),
@@ -69,11 +73,11 @@ def page(reports: Sequence[RunReport]) -> str:
     )
 
 
-def _run(report: RunReport, index: int, *, alone: bool) -> _Run:
+def _run(report: RunReport, index: int, name: str, *, alone: bool) -> _Run:
     return _Run(
         number=0 if alone else index + 1,
-        heading=report.heading,
-        subtitle=_subtitle(report),
+        heading=report.heading if alone else name,
+        subtitle=_subtitle(report, folder=report.folder.name if alone and report.folder else ""),
         verdicts=verdicts(report),
         figures=key_figures(report),
         sections=list(run_sections(report, run=index, alone=alone)),
@@ -81,20 +85,22 @@ def _run(report: RunReport, index: int, *, alone: bool) -> _Run:
 
 
 def _shared_sections(reports: Sequence[RunReport]) -> Iterator[Section]:
+    yield differences_section(reports)
     yield Section("Asked and achieved", tables=[asked_achieved(reports)])
     yield Section("Before and after", tables=before_after(reports), marks=True)
-    yield pareto_section(reports)
+    yield accuracy_section(reports)
 
 
-def _subtitle(report: RunReport) -> str:
+def _subtitle(report: RunReport, *, folder: str) -> str:
     made = f"made {report.created[:16].replace('T', ' ')}" if report.created else "date unknown"
     return " · ".join(
         (
             f"model {report.model or 'unknown'}",
-            f"method {report.method or 'unknown'}",
+            f"method {report.method}" if report.method else "no method",
             f"data {report.data}" if report.data else "no data recorded",
             f"seed {'unknown' if report.seed is None else report.seed}",
             made,
+            *([f"folder {folder}"] if folder else []),
         )
     )
 
@@ -106,7 +112,8 @@ def _comparison_verdicts(reports: Sequence[RunReport]) -> Iterator[Verdict]:
     met = sum(is_met(target) is True for _, target in found)
     unknown = len(found) - met - len(missed)
     text = f"{met} of {len(found)} targets met" + (f", {unknown} unknown." if unknown else ".")
-    yield Verdict("bad" if missed else "good" if met and not unknown else "missing", text)
+    tone: Tone = "bad" if missed else "good" if met and not unknown else "missing"
+    yield Verdict(tone, text) if found else Verdict("", "No run was asked for a target.")
     for number, target in missed:
         yield Verdict("bad", f"Run {number}: {target_verdict(target).text}")
 

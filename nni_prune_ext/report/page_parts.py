@@ -30,11 +30,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column; numbers stand to the right."""
+    """One column; numbers stand to the right.
+
+    Attributes:
+        wraps: holds sentences.
+        narrow: holds words that may break, so that several such columns fit a phone.
+        run: number of the run whose badge stands before the heading; 0 for none.
+    """
 
     heading: str
     numeric: bool = True
     wraps: bool = False
+    narrow: bool = False
+    run: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,14 +120,14 @@ def words(value: object, missing: str = "unknown") -> Cell:
     if isinstance(value, (int, float)):
         return Cell(number_text.plain(value) if abs(value) >= 1e5 else f"{value:g}")
     if isinstance(value, Mapping):
-        return Cell(", ".join(f"{key}: {words(item).text}" for key, item in value.items()))
+        return Cell(", ".join(f"{key}: {words(item, missing).text}" for key, item in value.items()))
     if isinstance(value, (list, tuple)):
-        return Cell(", ".join(words(item).text for item in value))
+        return Cell(", ".join(words(item, missing).text for item in value))
     return Cell(str(value))
 
 
-def pairs(caption: str, content: Mapping[str, object], *, note: str = "") -> Table:
+def pairs(caption: str, content: Mapping[str, object], *, note: str = "", missing: str = "unknown") -> Table:
     """Returns names and values as a table of two columns without headings."""
-    rows = [[Cell(str(key)), words(value)] for key, value in content.items()]
+    rows = [[Cell(str(key)), words(value, missing)] for key, value in content.items()]
     columns = (Column("name", numeric=False), Column("value", numeric=False, wraps=True))
     return Table(caption, columns, [Group(rows)], note=note, headless=True)

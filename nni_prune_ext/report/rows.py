@@ -75,46 +75,60 @@ HEADINGS = (
 """Columns of the table, on the terminal and in Markdown."""
 
 
-def before_after_table(rows: Sequence[Row], *, title: str, caption: str = "") -> Table:
-    """Returns a table for the terminal; the first row is the dense network, to which shares refer."""
-    return _table({"": rows}, title=title, caption=caption)
+def before_after_table(rows: Sequence[Row], *, title: str, caption: str = "", metric: str = number_text.TOP1) -> Table:
+    """Returns a table for the terminal; the first row is the dense network, to which shares refer.
+
+    Args:
+        metric: name of what the accuracy columns hold; anything but ``top-1`` is no percentage.
+    """
+    return comparison_table({"": rows}, title=title, caption=caption, metrics={"": metric})
 
 
-def comparison_table(runs: Mapping[str, Sequence[Row]], *, title: str, caption: str = "") -> Table:
-    """Returns one table over several runs, each under its name; shares refer to the first row of the same run."""
-    return _table(runs, title=title, caption=caption)
+def comparison_table(
+    runs: Mapping[str, Sequence[Row]], *, title: str, caption: str = "", metrics: Mapping[str, str] | None = None
+) -> Table:
+    """Returns one table over several runs, each under its name; shares refer to the first row of the same run.
 
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Returns the same table as Markdown."""
-    lines = [" | ".join(HEADINGS), "|".join(["---", *["---:"] * (len(HEADINGS) - 1)])]
-    lines += [" | ".join(_cells(row, rows[0])) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def _table(runs: Mapping[str, Sequence[Row]], *, title: str, caption: str) -> Table:
+    Args:
+        metrics: name of what the accuracy columns hold, for each run that has another one than ``top-1``.
+    """
+    metrics = {name: (metrics or {}).get(name, number_text.TOP1) for name in runs}
     table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left", pad_edge=False)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for heading in _headings(" / ".join(dict.fromkeys(metrics.values()))):
+        first = heading == HEADINGS[0]
+        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for name, rows in runs.items():
         if name:
             table.add_section()
             table.add_row(f"[bold]{escape(name)}[/bold]")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in _cells(row, rows[0])))
+            table.add_row(*(escape(cell) for cell in _cells(row, rows[0], metrics[name])))
     return table
 
 
-def _cells(row: Row, dense: Row) -> list[str]:
+def markdown_table(rows: Sequence[Row], *, metric: str = number_text.TOP1) -> str:
+    """Returns the same table as Markdown."""
+    headings = _headings(metric)
+    lines = [" | ".join(headings), "|".join(["---", *["---:"] * (len(headings) - 1)])]
+    lines += [" | ".join(_cells(row, rows[0], metric)) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _headings(metric: str) -> list[str]:
+    return [heading.replace(number_text.TOP1, metric) for heading in HEADINGS]
+
+
+def _cells(row: Row, dense: Row, metric: str) -> list[str]:
+    accuracy = number_text.accuracy(metric)
     return [
         row.name,
         number_text.count(row.macs),
         number_text.share(row.macs, dense.macs),
         number_text.count(row.params),
         number_text.share(row.params, dense.params),
-        _or_dash(row.top1_removed, number_text.percent),
-        _or_dash(row.top1, number_text.percent),
-        _or_dash(row.top1_onnx, number_text.percent),
+        _or_dash(row.top1_removed, accuracy),
+        _or_dash(row.top1, accuracy),
+        _or_dash(row.top1_onnx, accuracy),
         _or_dash(row.onnx_bytes, number_text.size),
         _or_dash(row.latency_ms, "{:.2f}".format),
         _or_dash(row.latency_ratio, "{:.2f}".format),

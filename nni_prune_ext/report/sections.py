@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from nni_prune_ext.report import charts, number_text
-from nni_prune_ext.report.charts import Network
+from nni_prune_ext.report.accuracy_charts import accuracy_section
 from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport
 from nni_prune_ext.report.network_tables import before_after, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
+from nni_prune_ext.report.verdicts import nothing_cut
 
 _SHOWN_CLOCKS = {
     "cpu": "CPU time of the measuring thread",
@@ -18,8 +19,6 @@ _CERTIFICATE = (
     "The certificate compares two copies of the network with random weights: one with the channels removed, one with "
     "the same channels silenced; if both answer alike, the cut itself changes nothing but what these channels did."
 )
-_FRONT = "Up and to the left is better. The dashed line is the Pareto front: networks that no other one beats in both."
-_LABELS = " Numbers in brackets are runs; a point without room for a label is in the table."
 _PARITY = (
     "Parity compares the ONNX file on ONNX Runtime with the network in PyTorch on the same inputs; its error is the "
     "largest difference, relative to the largest output."
@@ -36,7 +35,7 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     name = f"run{run + 1}"
     if alone:
         yield Section("Before and after", tables=before_after([report]), marks=True)
-        yield pareto_section([report])
+        yield accuracy_section([report])
     yield _latency(report)
     yield _widths(report, name)
     yield _curves(report, name)
@@ -50,42 +49,6 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     else:
         yield Section("Environment", ["The environment was not recorded."])
     yield _recipe(report)
-
-
-def pareto_section(reports: Sequence[RunReport]) -> Section:
-    """Returns accuracy over MACs and over latency, over all networks of all runs."""
-    shown: list[Chart] = []
-    missing: list[str] = []
-    measures: tuple[tuple[str, str, Callable[[int, int], float | None]], ...] = (
-        ("MACs", "pareto-macs", lambda run, row: reports[run].rows[row].macs),
-        ("latency", "pareto-latency", lambda run, row: reports[run].rows[row].latency_ms),
-    )
-    for axis, name, cost in measures:
-        svg = charts.scatter(_networks(reports, cost), axis=axis, name=name)
-        if svg is None:
-            missing.append(f"There is no chart over {axis}: no network has both accuracy and {axis} measured.")
-        else:
-            shown.append(Chart(svg, f"Top-1 accuracy over {axis}"))
-    if shown:
-        missing.insert(0, _FRONT + (_LABELS if len(reports) > 1 else ""))
-    return Section("Accuracy against cost", missing, shown, beside=True, marks=bool(shown))
-
-
-def _networks(reports: Sequence[RunReport], cost: Callable[[int, int], float | None]) -> list[Network]:
-    """Returns the networks with accuracy and cost; those of several runs that coincide share one label."""
-    found = [
-        (row.name, report.kind(row), run, price, row.top1)
-        for run, report in enumerate(reports)
-        for number, row in enumerate(report.rows)
-        if (price := cost(run, number)) is not None and row.top1 is not None
-    ]
-    several = len(reports) > 1
-    networks = []
-    for name, kind, run, price, accuracy in found:
-        runs = [str(other + 1) for label, _, other, *at in found if (label, at) == (name, [price, accuracy])]
-        label = charts.elided(name, 22) + (f" ({', '.join(runs)})" if several else "")
-        networks.append(Network(label, kind, run, price, accuracy))
-    return sorted(networks, key=lambda one: one.kind != "pruned")  # pruned ones get their labels first
 
 
 def _latency(report: RunReport) -> Section:
@@ -137,6 +100,9 @@ def _curves(report: RunReport, name: str) -> Section:
         return Section("Training", ["No training was recorded."])
     shown, missing = [], []
     for number, (stage, epochs) in enumerate(report.curves.items()):
+        if len(epochs) < 2:  # a single point is no curve
+            missing.append(_short_stage(stage, epochs))
+            continue
         svg = charts.training_curve(epochs, stage=stage, name=f"{name}-curve-{number}")
         if svg is None:
             missing.append(f"{stage}: no loss was recorded.")
@@ -152,6 +118,14 @@ def _stage(stage: str, epochs: Sequence[EpochFacts]) -> str:
     seconds = [epoch.seconds for epoch in epochs if epoch.seconds is not None]
     took = f", {number_text.duration(sum(seconds))}" if seconds else ""
     return f"{stage}: {_some(len(epochs), 'epoch')}{took}"
+
+
+def _short_stage(stage: str, epochs: Sequence[EpochFacts]) -> str:
+    """Returns the only epoch of a stage as a sentence."""
+    if not epochs:
+        return f"{stage}: no epoch of training."
+    loss, metric = cell(epochs[0].loss, "{:.4f}".format), cell(epochs[0].metric, "{:.4f}".format)
+    return f"{_stage(stage, epochs)}; loss {loss.text}, validation metric {metric.text}."
 
 
 def _epoch_cells(stage: str, epoch: EpochFacts) -> list[Cell]:
@@ -174,7 +148,7 @@ def _notes(report: RunReport, name: str) -> Section:
     ]
     table = Table("All logged numbers", [Column("progress"), *map(Column, keys)], [Group(rows)], folded=True)
     drawn = [Chart(svg, key) for key, svg in shown.items()]
-    rest = [f"Only the first {len(shown)} of {len(keys)} are drawn."] if len(shown) < len(keys) else []
+    rest = [f"{len(shown)} of {len(keys)} are drawn; the table holds all."] if len(shown) < len(keys) else []
     lead = ["What the method logged, from its start (0) to its end (1).", *rest]
     return Section("Numbers logged by the method", lead, drawn, [table], beside=True)
 
@@ -182,7 +156,9 @@ def _notes(report: RunReport, name: str) -> Section:
 def _exactness(report: RunReport) -> Section:
     tables = []
     if report.certificate is None:
-        certificate = "No certificate was made."
+        certificate = (
+            "Nothing was cut, so there was nothing to certify." if nothing_cut(report) else "No certificate was made."
+        )
     else:
         certificate = _CERTIFICATE
         found = report.certificate
@@ -251,7 +227,7 @@ def _method(report: RunReport) -> Section:
         ("Training settings", report.training),
         ("Distillation", report.distillation),
     )
-    tables = [pairs("Job", job), *(pairs(title, content) for title, content in blocks if content)]
+    tables = [pairs("Job", job), *(pairs(title, content, missing="none") for title, content in blocks if content)]
     absent = [title.lower() for title, content in blocks if not content]
     lead = [f"Empty or not recorded: {', '.join(absent)}."] if absent else []
     return Section("Method and settings", lead, tables=tables, beside=True)

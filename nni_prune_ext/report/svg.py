@@ -16,6 +16,8 @@ from xml.sax.saxutils import escape, quoteattr
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FONT = 11.5
+"""Size of all text, in SVG units."""
 POINTS_PER_INCH = 72
 """With this many dots per inch, one pixel of matplotlib is one unit of the SVG."""
 INK, MUTED, GRID, PAPER, TRACK = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -31,7 +33,7 @@ _VARIABLES = {
 _STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as Literals from 3.11 on, and as str before
     "figure.dpi": POINTS_PER_INCH,
     "font.family": "DejaVu Sans",  # ships with matplotlib and is wide: what fits in it fits in the reader's font
-    "font.size": 11.5,
+    "font.size": FONT,
     "svg.fonttype": "none",
     "svg.hashsalt": "nni_prune_ext",
     "text.color": INK,
@@ -39,7 +41,7 @@ _STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys as Literals from 3.
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 11.5,
+    "axes.labelsize": FONT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -21,7 +21,7 @@ def verdicts(report: RunReport) -> list[Verdict]:
     """Returns one sentence per target, then certificate and parity."""
     targets = [target_verdict(target) for target in report.targets]
     if not targets:
-        targets = [Verdict("missing", "No target was recorded.")]
+        targets = [Verdict("", "No target was asked for.")]
     return [*targets, certificate_verdict(report), parity_verdict(report)]
 
 
@@ -69,9 +69,16 @@ def target_verdict(target: TargetFacts) -> Verdict:
     return Verdict("bad", f"{name}: target MISSED, {distance(target)} the bound. {_sentence(asked)}, {achieved}.")
 
 
+def nothing_cut(report: RunReport) -> bool:
+    """Says whether every network of the run has the costs of the dense one."""
+    return all(report.is_uncut(row) for row in report.rows)
+
+
 def certificate_verdict(report: RunReport) -> Verdict:
     """Says whether removal was proven equal to silencing."""
     found = report.certificate
+    if nothing_cut(report) and (found is None or found.exact is None):
+        return Verdict("", "Certificate: nothing was cut, so there was nothing to certify.")
     if found is None or found.exact is None:
         return Verdict("missing", "Certificate: none was made, so it is unknown whether the removal is exact.")
     error = "unknown" if found.max_relative_error is None else number_text.error(found.max_relative_error)
@@ -120,11 +127,13 @@ def _cost(label: str, after: float | None, before: float | None, text: Callable[
 
 
 def _accuracy(report: RunReport, row: Row) -> Figure:
+    label = "Top-1" if report.metric is None else report.metric_name
     if row.top1 is None:
-        return Figure("Top-1", "–", "not measured")
+        return Figure(label, "–", "not measured")
+    difference = number_text.accuracy_difference(report.metric_name)
     others = [other for other in report.rows if report.kind(other) != "pruned" and other.top1 is not None]
-    gaps = [f"{number_text.points(row.top1 - (other.top1 or 0.0))} to {other.name}" for other in others]
-    return Figure("Top-1", number_text.percent(row.top1), "; ".join(gaps) or "dense not measured")
+    gaps = [f"{difference(row.top1 - (other.top1 or 0.0))} to {other.name}" for other in others]
+    return Figure(label, number_text.accuracy(report.metric_name)(row.top1), "; ".join(gaps) or "dense not measured")
 
 
 def _latency(row: Row, dense: Row) -> Figure:

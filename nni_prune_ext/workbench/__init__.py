@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from nni_prune_ext.workbench.execution import RunResult, execute
-from nni_prune_ext.workbench.folder_state import checked_folder
+from nni_prune_ext.workbench.folder_state import check_recipe_survives, checked_folder
 from nni_prune_ext.workbench.preparation import Job, Prepared, open_job, prepare, work_to_do
 
-__all__ = ["Job", "Prepared", "RunResult", "checked_folder", "execute", "open_job", "prepare", "work_to_do"]
+__all__ = [
+    "Job",
+    "Prepared",
+    "RunResult",
+    "check_recipe_survives",
+    "checked_folder",
+    "execute",
+    "open_job",
+    "prepare",
+    "work_to_do",
+]

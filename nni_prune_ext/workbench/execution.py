@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from accelerate.utils import send_to_device
 from torch import nn
 
-from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
+from nni_prune_ext.checkpoints import Checkpoints, Json
 from nni_prune_ext.deployment import Measurement, Variant, compare_variants, latency_caption
+from nni_prune_ext.errors import CheckpointError
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.pipeline import PruneResult, prune
-from nni_prune_ext.recipes import Recipe, checked_recipe
+from nni_prune_ext.recipes import Origins, Recipe, checked_recipe
 from nni_prune_ext.report import Row, RunReport
 from nni_prune_ext.training import EpochLog, TrainingSettings, Watcher, fit
 from nni_prune_ext.training.processes import (
@@ -23,11 +26,12 @@ from nni_prune_ext.training.processes import (
     stay_on_cpu,
     wait_for_everyone,
     wait_for_main,
-    world_size,
 )
 from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints
+from nni_prune_ext.workbench.identity import base_identity, control_identity, run_identity
 from nni_prune_ext.workbench.preparation import Prepared, planned_epochs, prepare, wants_control
 from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT, run_facts, target_sentences, write_run
+from nni_prune_ext.workbench.run_lock import locked
 
 CONTROL = "dense-trained-longer"
 
@@ -91,7 +95,12 @@ class _Networks:
 
 
 def execute(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    origins: Origins | None = None,
 ) -> RunResult:
     """Carries out a recipe; everything goes into its folder ``out``.
 
@@ -102,20 +111,27 @@ def execute(
         resume: go on with the interrupted run in ``out``; a finished one is left as it is.
         overwrite: replace an earlier run in ``out``; otherwise the folder must be empty or new.
         watcher: is told how it goes.
+        origins: where the keys of the recipe were written, for messages.
 
     Raises:
         RecipeError: the recipe does not fit together, or says no ``out``.
-        OutputError: the folder cannot be written, or holds something else.
+        OutputError: the folder cannot be written, holds something else, or another run is writing to it.
         CheckpointError: the folder holds a run of another recipe or model.
+        ArtefactError: the folder holds this run, but no longer whole.
         TargetError, CertificateError, TrainingError, ExportError: see ``prune`` and ``write_artefacts``.
     """
     if recipe.device == "cpu":
         stay_on_cpu()
     recipe, watcher = checked_recipe(recipe), (watcher if is_main() else None) or Watcher()
     out = checked_folder(recipe, resume=resume, overwrite=overwrite)
-    prepared = prepare(recipe)
-    identity = _identity(prepared)
-    if resume and from_main(is_finished(out, identity) if is_main() else False):
+    prepared = prepare(recipe, origins=origins)
+    with locked(out) if is_main() else nullcontext():
+        return _executed(prepared, out, watcher, resume=resume, overwrite=overwrite)
+
+
+def _executed(prepared: Prepared, out: Path, watcher: Watcher, *, resume: bool, overwrite: bool) -> RunResult:
+    recipe, base, whole = prepared.recipe, base_identity(prepared), run_identity(prepared)
+    if resume and from_main(is_finished(out, whole, watcher.note) if is_main() else False):
         if is_main() and not recipe.keep_checkpoints:
             remove_checkpoints(out / CHECKPOINTS)  # a kill may have come between the last file and this
         return _finished_before(out)
@@ -123,54 +139,70 @@ def execute(
         (out / RECIPE).unlink(missing_ok=True)  # from here on the folder holds no whole run
         remove_checkpoints(out / CHECKPOINTS)
     wait_for_everyone()
-    checkpoints = Checkpoints(out / CHECKPOINTS, identity, tell=watcher.note)
+    checkpoints = Checkpoints(out / CHECKPOINTS, base, tell=watcher.note)
     if is_main() and (recipe.train or planned_epochs(recipe)):
         checkpoints.claim()
     networks = _train_and_prune(prepared, checkpoints, watcher)
-    done = _delivered(prepared, networks, identity, out, watcher) if is_main() else RunResult(out)
+    done = _delivered(prepared, networks, whole, out, watcher) if is_main() else RunResult(out)
     if is_main() and not recipe.keep_checkpoints:
         remove_checkpoints(out / CHECKPOINTS)
     wait_for_main()
     return done
 
 
-def _train_and_prune(prepared: Prepared, checkpoints: Checkpoints | None, watcher: Watcher) -> _Networks:
+def _train_and_prune(prepared: Prepared, checkpoints: Checkpoints, watcher: Watcher) -> _Networks:
     recipe, made = prepared.recipe, _Networks()
     model, seconds = prepared.job.model.to(prepared.device), None
     if recipe.train is not None:
-        logs, seconds = _trained(
-            model,
-            prepared,
-            checkpoints,
-            watcher,
-            name="train",
-            epochs=recipe.train.epochs,
-            settings=recipe.train.settings(),
+        settings, saved = recipe.train.settings(), checkpoints.stage("train")
+        made.curves["train"], seconds = _trained(
+            model, prepared, saved, watcher, name="train", epochs=recipe.train.epochs, settings=settings
         )
-        made.curves["train"] = logs
     made.variants.append(Variant("dense", model, seconds=seconds))
     if recipe.method is None:
         return made
     began = time.perf_counter()
-    made.result = result = _pruned(model, prepared, checkpoints, watcher)
+    with _stage_of_its_own(checkpoints, "prune"):
+        made.result = result = _pruned(model, prepared, checkpoints, watcher)
     name = result.method  # that of the specification, also where the recipe says module.path:SPEC
     made.curves[name] = list(result.logs)
     pruned = Variant(name, result.model, result, _seconds(began, result.logs), recipe.options)
-    if wants_control(recipe) and result.logs:
-        longer = copy.deepcopy(model)
-        settings = recipe.training.model_copy(update={"patience": None})  # as long as the pruned one, not shorter
-        made.curves[CONTROL], seconds = _trained(
-            longer, prepared, checkpoints, watcher, name="control", epochs=len(result.logs), settings=settings
-        )
-        made.variants.append(Variant(CONTROL, longer, seconds=seconds))
+    if wants_control(recipe):
+        made.variants.append(_control(model, prepared, checkpoints, watcher, made))
     made.variants.append(pruned)
     return made
+
+
+def _control(
+    model: nn.Module, prepared: Prepared, checkpoints: Checkpoints, watcher: Watcher, made: _Networks
+) -> Variant:
+    """Trains a copy of the dense network for all epochs that the recipe plans, without an early stop or a teacher."""
+    recipe, longer = prepared.recipe, copy.deepcopy(model)
+    settings = recipe.training.model_copy(update={"patience": None})
+    with _stage_of_its_own(checkpoints, "control"):
+        saved = checkpoints.stage("control", control_identity(prepared))
+    made.curves[CONTROL], seconds = _trained(
+        longer, prepared, saved, watcher, name="control", epochs=planned_epochs(recipe), settings=settings
+    )
+    return Variant(CONTROL, longer, seconds=seconds)
+
+
+@contextmanager
+def _stage_of_its_own(checkpoints: Checkpoints, name: str) -> Iterator[None]:
+    """Says what can be kept, if a stage's checkpoints are not those of the recipe."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} To keep the stages before it, delete '{checkpoints.folder / name}' and resume; to start the "
+            "whole run anew, use --overwrite, or another folder with --out."
+        ) from error
 
 
 def _trained(
     model: nn.Module,
     prepared: Prepared,
-    checkpoints: Checkpoints | None,
+    checkpoints: Checkpoints,
     watcher: Watcher,
     *,
     name: str,
@@ -188,19 +220,19 @@ def _trained(
         loss=prepared.loss,
         evaluate=prepared.validation(),
         watcher=watcher,
-        checkpoints=checkpoints and checkpoints.stage(name),
+        checkpoints=checkpoints,
         name=name,
         seed=prepared.recipe.seed,
     )
     return logs, _seconds(began, logs)
 
 
-def _pruned(model: nn.Module, prepared: Prepared, checkpoints: Checkpoints | None, watcher: Watcher) -> PruneResult:
+def _pruned(model: nn.Module, prepared: Prepared, checkpoints: Checkpoints, watcher: Watcher) -> PruneResult:
     recipe = prepared.recipe
     assert recipe.method is not None
     result = prune(
         model,
-        tuple(tensor.to(prepared.device) for tensor in prepared.job.example),
+        send_to_device(prepared.job.example, prepared.device),
         method=recipe.method,
         target=recipe.target,
         options=recipe.options,
@@ -249,6 +281,8 @@ def _delivered(
         out,
         prepared.job.example,
         test_batches=prepared.test_batches(),
+        metric=prepared.metric if recipe.metric else None,
+        given_inputs=prepared.job.example if prepared.job.loaders or recipe.metric else None,
         progress=watcher.note,
         spec=prepared.job.spec,
         measurement=Measurement(**recipe.measure.model_dump()) if recipe.measure else None,
@@ -261,7 +295,7 @@ def _delivered(
         folder=out,
         rows=tuple(rows),
         title=report.heading,
-        caption=latency_caption(latency, prepared.job.source is None),
+        caption=latency_caption(latency, recipe.data is None) + _what_top1_holds(recipe),
         met=all(achieved.met for achieved in made.result.achieved) if made.result else True,
         targets=target_sentences(report),
         groups=prepared.groups,
@@ -269,16 +303,8 @@ def _delivered(
     )
 
 
-def _identity(prepared: Prepared) -> dict[str, Json]:
-    """Returns what decides the outcome of a run: the recipe without its place and measurement, weights and data."""
-    recipe, source = prepared.recipe, prepared.job.source
-    outside = {"out", "measure", "keep_checkpoints", "title"}
-    return {
-        "recipe": recipe.model_dump(mode="json", exclude=outside),
-        "model": fingerprint(prepared.job.model),
-        "processes": world_size(),
-        "images": {name: len(split) for name, split in source.splits().items()} if source else None,
-    }
+def _what_top1_holds(recipe: Recipe) -> str:
+    return f"; in the columns top-1: {recipe.metric}" if recipe.metric else ""
 
 
 def _finished_before(out: Path) -> RunResult:

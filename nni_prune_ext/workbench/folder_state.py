@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nni_prune_ext.checkpoints import Json, differences
-from nni_prune_ext.errors import CheckpointError, ConfigError, OutputError, RecipeError
-from nni_prune_ext.export.artefact_folder import WEIGHTS, check_unused, check_writable
+from nni_prune_ext.errors import ArtefactError, CheckpointError, ConfigError, OutputError, RecipeError
+from nni_prune_ext.export.artefact_folder import ONNX, WEIGHTS, check_unused, check_writable
+from nni_prune_ext.export.manifest import checked_manifest
 from nni_prune_ext.recipes import Recipe
 from nni_prune_ext.training.processes import from_main, is_main
-from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT
+from nni_prune_ext.workbench.run_folder import CHECKPOINTS, PAGE, RECIPE, REPORT
+from nni_prune_ext.workbench.run_lock import check_free
 
 _CHECKPOINT_FILES = ("identity.json", "state.json", "tensors.safetensors")
 
@@ -35,7 +37,28 @@ def checked_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     return recipe.out
 
 
+def check_recipe_survives(file: Path, out: Path | None) -> None:
+    """Refuses to replace a run whose folder holds the very recipe file that was given.
+
+    Raises:
+        RecipeError: the run writes where the file lies.
+    """
+    place, folder = file.resolve(), (out or Path()).resolve()
+    if out is None or not place.is_relative_to(folder):
+        return
+    inside = place.relative_to(folder)
+    if len(inside.parts) > 1 or inside.name in (RECIPE, REPORT, PAGE):
+        raise RecipeError(
+            f"The recipe '{file}' lies in the folder '{out}' that --overwrite replaces, expected it elsewhere: it "
+            "would be lost. Copy it out of the folder first, or choose another folder with --out."
+        )
+
+
 def _problem_with(out: Path, *, resume: bool, overwrite: bool) -> str | None:
+    try:
+        check_free(out)
+    except OutputError as error:
+        return str(error)
     try:
         (check_writable if resume or overwrite else check_unused)(out)
     except OutputError as error:
@@ -56,35 +79,58 @@ def _foreign(out: Path) -> str | None:
     )
 
 
-def is_finished(out: Path, identity: Mapping[str, Json]) -> bool:
-    """Says whether a folder holds this very run, whole.
+def is_finished(out: Path, identity: Mapping[str, Json], tell: Callable[[str], None]) -> bool:
+    """Says whether a folder holds this very run, whole; what is missing is told, and delivered again if it can be.
 
     Raises:
         CheckpointError: it holds another whole run, and no checkpoints of this one.
+        ArtefactError: a part of this run is missing or damaged, and there are no checkpoints to make it anew from.
     """
     if not (out / RECIPE).exists() or not (out / REPORT).exists():
         return False
     try:
-        saved = json.loads((out / REPORT).read_bytes()).get("identity")
-    except (OSError, ValueError, AttributeError):  # damaged: it will be written anew
+        content = json.loads((out / REPORT).read_bytes())
+        saved, names = content.get("identity"), [str(row["name"]) for row in content["rows"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged: it will be written anew
         return False
     different = differences(saved, json.loads(json.dumps(identity)))
-    if different and not _holds_checkpoints(out / CHECKPOINTS):
+    resumable = _holds_checkpoints(out / CHECKPOINTS)
+    if different and not resumable:
         raise CheckpointError(
             f"'{out}' holds a finished run of another job: {'; '.join(different)}. Expected the same recipe and model. "
             "Undo the change, choose another folder with --out, or replace the run with --overwrite."
         )
-    return not different
+    flaw = None if different else _flaw(out, names)
+    if flaw and not resumable:
+        raise ArtefactError(
+            f"The finished run in '{out}' is no longer whole: {flaw} Expected all that it delivered; there are no "
+            "checkpoints to make it anew from. Copy the folder again, or repeat the run with --overwrite."
+        )
+    if flaw:
+        tell(f"the finished run is no longer whole: {flaw} It is delivered again from its checkpoints.")
+    return not different and not flaw
+
+
+def _flaw(out: Path, names: Sequence[str]) -> str | None:
+    """Says what of a finished run is missing or damaged."""
+    if not (out / PAGE).is_file():
+        return f"{PAGE} is missing."
+    try:
+        for name in names:
+            checked_manifest(out / name, needed=(WEIGHTS, ONNX))
+    except ArtefactError as error:
+        return str(error)
+    return None
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Removes the checkpoints of a run; a folder that holds other files is somebody else's and stays."""
-    if not any(path.is_file() and not _is_of_checkpoint(path) for path in folder.rglob("*")):
-        doomed = folder.with_name(f".unfinished-removal-{folder.name}")  # killed half-way, it is not continued
-        shutil.rmtree(doomed, ignore_errors=True)
-        if folder.is_dir():
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    doomed = folder.with_name(f".unfinished-removal-{folder.name}")  # killed half-way, it is not continued
+    for place in (doomed, folder):
+        if place.is_dir() and not any(path.is_file() and not _is_of_checkpoint(path) for path in place.rglob("*")):
+            if place is folder and not doomed.exists():
+                place = folder.rename(doomed)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _holds_checkpoints(folder: Path) -> bool:

@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nni_prune_ext.allocation import CostModel, check_feasible
+from nni_prune_ext.allocation import CostModel, Limits, check_feasible
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import Costs, count_costs
-from nni_prune_ext.data.batches import BatchLoader, split_batches
+from nni_prune_ext.data.batches import split_batches
 from nni_prune_ext.data.image_arrays import DataSource
-from nni_prune_ext.data.sources import open_data
-from nni_prune_ext.errors import RecipeError
+from nni_prune_ext.data.loaders import Loaders
+from nni_prune_ext.data.sources import open_source
+from nni_prune_ext.deployment import Metric
+from nni_prune_ext.errors import ConfigError, NniPruneExtError, RecipeError, WeightsError
 from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
+from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.pipeline import parse_targets
-from nni_prune_ext.recipes import Recipe, method_epochs
-from nni_prune_ext.specs import import_factory
-from nni_prune_ext.training import Evaluate, LossFunction, accuracy, cross_entropy
+from nni_prune_ext.recipes import Origins, Recipe, method_epochs
+from nni_prune_ext.training import Batches, Evaluate, LossFunction
 from nni_prune_ext.training.processes import own_device
+from nni_prune_ext.workbench.loss_and_metric import opened_loss, opened_metric, try_loss, try_metric
 
 EVALUATION_BATCH = 500
 """Images per batch where nothing is trained."""
+TRIAL_BATCH = 8
+"""Images on which loss and metric are tried before any work, at most."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model with example inputs and, where given, data; and what is needed to build the model again."""
+    """A model with example inputs and, where given, data; and what is needed to build the model again.
+
+    Attributes:
+        source: images in memory.
+        loaders: batches of any task, in the place of ``source``.
+    """
 
     model: nn.Module
     spec: ModelSpec
-    example: tuple[Tensor, ...]
+    example: ExampleInputs
     source: DataSource | None
+    loaders: Loaders | None = None
+
+    def batches(
+        self, split: str, batch_size: int = EVALUATION_BATCH, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> Batches | None:
+        """Returns batches of a split, if there is data; loaders decide on size and place themselves."""
+        if self.loaders is not None:
+            return self.loaders.splits()[split]
+        if self.source is None:
+            return None
+        return split_batches(self.source, split, batch_size, seed=seed, device=device)
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,7 @@ class Prepared:
     recipe: Recipe
     job: Job
     loss: LossFunction
+    metric: Metric
     dense: Costs
     groups: ChannelGroups | None
     reachable: dict[str, float]
@@ -61,75 +82,102 @@ class Prepared:
         """Where this process computes."""
         return device_of(self.recipe)
 
-    def training_batches(self) -> BatchLoader | None:
+    def training_batches(self) -> Batches | None:
         """Returns batches of the training split, if there is data."""
-        data = self.recipe.data
-        if data is None or self.job.source is None:
-            return None
-        return split_batches(self.job.source, "train", data.batch_size, seed=self.recipe.seed, device=self.device)
+        size = self.recipe.data.batch_size if self.recipe.data else EVALUATION_BATCH
+        return self.job.batches("train", size, seed=self.recipe.seed, device=self.device)
 
-    def test_batches(self) -> BatchLoader | None:
+    def test_batches(self) -> Batches | None:
         """Returns batches of the test split, which nothing is chosen by, if there is data."""
-        return split_batches(self.job.source, "test", EVALUATION_BATCH) if self.job.source else None
+        return self.job.batches("test")
 
     def validation(self) -> Evaluate | None:
-        """Returns the accuracy on the validation split as a function of a model, if there is data."""
-        if self.job.source is None:
-            return None
-        batches = split_batches(self.job.source, "val", EVALUATION_BATCH)
-
-        def evaluate(model: nn.Module) -> float:
-            device = next(model.parameters()).device
-            return accuracy(model, ((images.to(device), labels.to(device)) for images, labels in batches))
-
-        return evaluate
+        """Returns the metric on the validation split as a function of a model, if there is data."""
+        batches = self.job.batches("val")
+        return None if batches is None else lambda model: self.metric(model, batches)
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Opens model and data of a recipe, traces the channels and makes sure that the target can be reached.
+def prepare(recipe: Recipe, *, origins: Origins | None = None) -> Prepared:
+    """Opens model and data of a recipe, tries loss and metric, traces the channels and checks the target.
+
+    Args:
+        origins: where the keys of the recipe were written, for messages.
 
     Raises:
         NniPruneExtError: any of it is impossible; nothing was written.
     """
-    loss = _loss(recipe)
-    job = open_job(recipe)
+    origins = origins or Origins()
+    loss, metric = opened_loss(recipe, origins), opened_metric(recipe, origins)
+    device_of(recipe)
+    job = open_job(recipe, origins=origins)
     groups, reachable = None, {}
     dense = count_costs(job.model, job.example)
     if recipe.method is not None:
         groups = verify_groups(job.model, job.example, trace_channel_groups(job.model, job.example), seed=recipe.seed)
-        targets = parse_targets(recipe.target) if recipe.target else ()
-        reachable = check_feasible(CostModel.of(job.model, groups, dense), targets, recipe.limits)
-    return Prepared(recipe, job, loss, dense, groups, reachable)
+        with origins.named(*_limit_key(recipe, groups)):
+            recipe.limits.check(groups)
+        with origins.named("target"):
+            targets = parse_targets(recipe.target) if recipe.target else ()
+            reachable = check_feasible(CostModel.of(job.model, groups, dense), targets, recipe.limits)
+    prepared = Prepared(recipe, job, loss, metric, dense, groups, reachable)
+    _try_on_data(prepared, origins)
+    return prepared
 
 
-def open_job(recipe: Recipe, *, known: ModelSpec | None = None, image_size: int | None = None) -> Job:
+def _try_on_data(prepared: Prepared, origins: Origins) -> None:
+    """Tries loss and metric on one batch each, where there is data."""
+    recipe, job = prepared.recipe, prepared.job
+    size = min(TRIAL_BATCH, recipe.data.batch_size) if recipe.data else TRIAL_BATCH
+    train, val = job.batches("train", size, seed=recipe.seed), job.batches("val", size)
+    if train is None or val is None:
+        return
+    try_loss(job.model, train, prepared.loss, recipe, origins)
+    try_metric(job.model, val, prepared.metric, recipe, origins)
+
+
+def _limit_key(recipe: Recipe, groups: ChannelGroups) -> tuple[str, ...]:
+    """Returns the key of the first limit that matches no layer, or of all limits."""
+    for pattern in recipe.limits.exclude:
+        if not _fits(Limits(exclude=(pattern,)), groups):
+            return ("limits", "exclude")
+    for pattern, limit in recipe.limits.layers.items():
+        if not _fits(Limits(layers={pattern: limit}), groups):
+            return ("limits", "layers", pattern)
+    return ("limits",)
+
+
+def _fits(limits: Limits, groups: ChannelGroups) -> bool:
+    try:
+        limits.check(groups)
+    except ConfigError:
+        return False
+    return True
+
+
+def open_job(
+    recipe: Recipe, *, known: ModelSpec | None = None, image_size: int | None = None, origins: Origins | None = None
+) -> Job:
     """Builds the model and opens the data; example inputs are one image of the data, or of ``model.input_shape``.
 
     Args:
         known: what an artefact folder says about classes and inputs; the recipe wins.
         image_size: height and width of the example input where there is no data.
+        origins: where the keys of the recipe were written, for messages.
     """
-    model, source = recipe.model, _opened_data(recipe)
-    if model.input_shape:
-        shape = model.input_shape
-    elif source:
-        shape = (1, *source.input_shape)
-    elif known and not image_size:
-        shape = known.input_shape
-    else:
-        shape = (1, known.input_shape[1] if known else 3, *_default_size(model.name, image_size))
+    model, origins = recipe.model, origins or Origins()
+    with origins.named("data", "source"):
+        data = _opened_data(recipe)
+    source, loaders = (None, data) if isinstance(data, Loaders) else (data, None)
+    shape = _input_shape(recipe, data, known, image_size)
     described = source or known
-    classes = described.num_classes if model.num_classes is None and described else model.num_classes
+    holder = loaders or described
+    classes = holder.num_classes if model.num_classes is None and holder else model.num_classes
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
-        network = build_model(
-            model.name,
-            num_classes=classes,
-            in_channels=shape[1],
-            weights=model.weights,
-            pretrained=model.pretrained,
-        )
-        example = torch.randn(shape)
+        network = _built(recipe, classes, _channels(shape), origins)
+        example: ExampleInputs = (torch.randn(shape),)
+    if loaders and not model.input_shape:
+        example = loaders.example_inputs
     spec = ModelSpec(
         model=model.name,
         num_classes=classes,
@@ -137,17 +185,49 @@ def open_job(recipe: Recipe, *, known: ModelSpec | None = None, image_size: int 
         mean=described.mean if described else None,
         std=described.std if described else None,
     )
-    return Job(network, spec, (example,), source)
+    return Job(network, spec, example, source, loaders)
+
+
+def _built(recipe: Recipe, classes: int | None, channels: int, origins: Origins) -> nn.Module:
+    model = recipe.model
+    try:
+        return build_model(
+            model.name, num_classes=classes, in_channels=channels, weights=model.weights, pretrained=model.pretrained
+        )
+    except WeightsError as error:
+        raise origins.placed(error, "model", "weights" if model.weights else "pretrained") from error
+    except NniPruneExtError as error:
+        raise origins.placed(error, "model", "name") from error
+
+
+def _input_shape(
+    recipe: Recipe, data: DataSource | Loaders | None, known: ModelSpec | None, image_size: int | None
+) -> tuple[int, ...]:
+    model = recipe.model
+    if model.input_shape:
+        return model.input_shape
+    if isinstance(data, Loaders):
+        return tuple(next(tensors_in(data.example_inputs)).shape)
+    if data:
+        return (1, *data.input_shape)
+    if known and not image_size:
+        return known.input_shape
+    return (1, known.input_shape[1] if known else 3, *_default_size(model.name, image_size))
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    """Returns the channels of an input ``(N, C, …)``, or of a single image ``(C, H, W)``."""
+    return shape[0] if len(shape) == 3 else shape[1] if len(shape) > 1 else 3
 
 
 def work_to_do(prepared: Prepared) -> list[str]:
     """Says in sentences what a run would do, with its epochs and images."""
-    recipe, source = prepared.recipe, prepared.job.source
-    images = len(source.train) if source else 0
+    recipe, source, loaders = prepared.recipe, prepared.job.source, prepared.job.loaders
+    amount = _amount(prepared.job)
     lines = [f"dense: {prepared.dense.macs:,} MACs, {prepared.dense.params:,} parameters"]
     epochs = 0
     if recipe.train:
-        lines.append(f"base training: {_work(recipe.train.epochs, images)}")
+        lines.append(f"base training: {_work(recipe.train.epochs, amount)}")
         epochs += recipe.train.epochs
     if recipe.method:
         reach = prepared.reachable["macs"] / max(prepared.dense.macs, 1)
@@ -156,11 +236,13 @@ def work_to_do(prepared: Prepared) -> list[str]:
         parts = {"training between the method's steps": steps - recipe.recovery_epochs}
         parts["recovery"] = recipe.recovery_epochs
         parts["control, the dense network trained as long"] = steps if wants_control(recipe) else 0
-        lines += [f"{name}: {_work(count, images)}" for name, count in parts.items() if count]
+        lines += [f"{name}: {_work(count, amount)}" for name, count in parts.items() if count]
         epochs += sum(parts.values())
     if source:
         lines.append(f"validation on {len(source.val):,} images, test on {len(source.test):,}")
-    return [*lines, f"in all: {_work(epochs, images)}"]
+    if loaders:
+        lines.append(f"validation and test by {recipe.metric or 'top-1 accuracy'} on the loaders")
+    return [*lines, f"in all: {_work(epochs, amount)}"]
 
 
 def planned_epochs(recipe: Recipe) -> int:
@@ -185,17 +267,11 @@ def device_of(recipe: Recipe) -> torch.device:
     return own_device(torch.device("cuda" if cuda else "cpu"))
 
 
-def _loss(recipe: Recipe) -> LossFunction:
-    if recipe.loss is None:
-        return cross_entropy
-    return cast("Callable[..., Tensor]", import_factory(recipe.loss, error=RecipeError))
-
-
-def _opened_data(recipe: Recipe) -> DataSource | None:
+def _opened_data(recipe: Recipe) -> DataSource | Loaders | None:
     data = recipe.data
     if data is None:
         return None
-    return open_data(
+    return open_source(
         data.source,
         image_size=data.image_size,
         limit=data.limit_images,
@@ -211,5 +287,13 @@ def _default_size(model: str, image_size: int | None) -> tuple[int, int]:
     return size, size
 
 
-def _work(epochs: int, images: int) -> str:
-    return f"{epochs} epochs, {epochs * images:,} images"
+def _amount(job: Job) -> tuple[int | None, str]:
+    """Returns how much one epoch is, and of what; ``None`` where the data does not say."""
+    if job.loaders is not None:
+        return len(job.loaders.train) if isinstance(job.loaders.train, Sized) else None, "batches"
+    return len(job.source.train) if job.source else 0, "images"
+
+
+def _work(epochs: int, amount: tuple[int | None, str]) -> str:
+    count, unit = amount
+    return f"{epochs} epochs" if count is None else f"{epochs} epochs, {epochs * count:,} {unit}"

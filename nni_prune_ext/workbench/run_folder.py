@@ -37,6 +37,7 @@ def run_facts(
         "package_version": __version__,
         "model": recipe.model.name,
         "data": recipe.data.source if recipe.data else None,
+        "metric": recipe.metric,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
         "method": recipe.method,

@@ -162,6 +162,16 @@ def test_a_mistake_is_refused_before_anything_is_measured_or_written(
     assert [] == list(tmp_path.iterdir())
 
 
+def test_numbers_that_json_does_not_know_are_null(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "onnx_accuracy", lambda *_, **__: float("nan"))
+
+    found = run(place / "narrow", *CPU, *QUICK, "--data", "digits", "--limit-images", "60", "--json",
+                "--out", tmp_path / "times.json")  # fmt: skip
+
+    for text in (found.stdout, (tmp_path / "times.json").read_text()):
+        assert {"onnxruntime-cpu": {"narrow": None}} == json.loads(text, parse_constant=pytest.fail)["accuracy"]
+
+
 def test_a_damaged_folder_is_not_measured(place: Path, tmp_path: Path) -> None:
     write_artefacts(net(2), tmp_path / "net", torch.zeros(1, 1, 16, 16))
     with (tmp_path / "net" / "model.onnx").open("ab") as file:

@@ -64,7 +64,8 @@ def test_whatever_is_listed_can_be_named(name: str, words: tuple[str, ...]) -> N
 def test_the_machine_form_of_a_kind_holds_all_of_it(kind: Kind) -> None:
     found, everything = json.loads(shown(kind, "--json")), json.loads(shown("--json"))
 
-    assert {kind} == found.keys()
+    assert {kind, "event"} == found.keys()
+    assert "done" == found["event"] == everything["event"] == json.loads(shown("models", "--json"))["event"]
     assert [*plugins(kind)] == [*found[kind]] == [*everything[kind]]
     assert list(builtin_names()) == everything["models"]
     assert all(
@@ -87,6 +88,16 @@ def test_a_method_that_is_not_registered_is_shown_by_its_module_path() -> None:
     assert {"name", "location", "distribution"} == {key for key, value in registered.items() if found.get(key) != value}
     with pytest.raises(PluginError, match="baselines:SCORES"):
         CliRunner().invoke(APP, ["nni_prune_ext.methods.baselines:SCORES"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["taylor", "agp", "torch-eager", "resnet56"])
+def test_every_line_for_machines_says_what_it_is_and_is_strict_json(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["nni_prune_ext.cli.list_plugins"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_details", lambda kind, name: {"default": float("inf")})
+
+    found = json.loads(shown(name, "--json"), parse_constant=pytest.fail)
+
+    assert ("done", name, None) == (found["event"], found["name"], found.get("default"))
 
 
 def test_a_list_of_names_loads_nothing_heavy() -> None:

@@ -23,7 +23,7 @@ def options_of(verb: str, *words: str):
 
 def read(*words: str) -> Recipe:
     context = options_of("prune", "resnet20", "--out", "out", "--target", "macs=0.5", *words)
-    return recipe_of(context, context.params["settings"], method=context.params["method"])
+    return recipe_of(context, context.params["settings"], method=context.params["method"])[0]
 
 
 @pytest.mark.parametrize(("verb", "parameter"), PARAMETERS, ids=[f"{verb} {p.name}" for verb, p in PARAMETERS])
@@ -85,6 +85,7 @@ CASES = {
     "--channels-last": ("training.channels_last", True),
     "--data digits --patience 2": ("training.patience", 2),
     "--loss my.module:loss": ("loss", "my.module:loss"),
+    "--metric my.module:iou": ("metric", "my.module:iou"),
     "--no-control": ("control", False),
     "--no-measure": ("measure", None),
     "--device cpu": ("device", "cpu"),

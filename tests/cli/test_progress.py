@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from nni_prune_ext.cli.progress import progress_watcher
+from nni_prune_ext.cli.progress import EpochLines, JsonLines, progress_watcher
 from nni_prune_ext.training.settings import EpochLog, StepLog, Watcher
 
 
@@ -150,3 +150,58 @@ def test_machines_get_one_object_per_line_on_standard_output(capsys: pytest.Capt
         "metric": 0.875,
     } == events[1]
     assert (None, None) == (events[5]["loss"], events[5]["metric"])
+
+
+def long_epoch(watcher: Watcher, clock: list[float]) -> None:
+    """An epoch of 25 s with a step every second, after a cut that trains nothing; then a short one."""
+    watcher.phase("cut 1", 0, done=0, total=2)
+    watcher.phase("recovery", 2, done=0, total=2)
+    for step in range(1, 26):
+        clock[0] += 1
+        watcher.step(StepLog("recovery", 0, 2, step, None, float("nan") if step == 20 else 0.5, 0, 2))
+    watcher.epoch(EpochLog("recovery", 0, 0.5, 0.1, 25.0))
+    for step in range(1, 9):
+        clock[0] += 1
+        watcher.step(StepLog("recovery", 1, 2, step, 8, 0.25, 1, 2))
+    watcher.epoch(EpochLog("recovery", 1, 0.25, 0.1, 8.0))
+
+
+def test_machines_see_a_long_epoch_advance_and_a_phase_without_epochs_as_a_note() -> None:
+    clock, stream = [0.0], io.StringIO()
+
+    long_epoch(JsonLines(stream, clock=lambda: clock[0]), clock)
+
+    events = [json.loads(line, parse_constant=pytest.fail) for line in stream.getvalue().splitlines()]
+    assert ["note", "phase", "step", "step", "epoch", "epoch"] == [event["event"] for event in events]
+    assert {"event": "note", "text": "cut 1: no epochs"} == events[0]
+    step = {"event": "step", "phase": "recovery", "epoch": 0, "epochs": 2, "steps": None, "done": 0, "total": 2}
+    assert [{**step, "step": 10, "loss": 0.5}, {**step, "step": 20, "loss": None}] == events[2:4]
+
+
+def test_a_pipe_shows_a_long_epoch_advance_every_ten_seconds() -> None:
+    clock, console = [0.0], Console(file=io.StringIO(), width=160)
+
+    long_epoch(EpochLines(console, clock=lambda: clock[0]), clock)
+
+    assert [
+        "cut 1: no epochs",
+        "recovery epoch 1 of 2, batch 10: loss 0.5000",
+        "recovery epoch 1 of 2, batch 20: loss nan",
+        "recovery epoch 1: loss 0.5000, 25 s",
+        "recovery epoch 2: loss 0.2500, 8 s",
+    ] == written(console).splitlines()
+
+
+def test_a_terminal_shows_a_phase_without_epochs_as_a_note_and_no_bar_for_it() -> None:
+    console = terminal()
+
+    with progress_watcher(json=False, console=console) as watcher:
+        watcher.phase("cut 1", 0, done=0, total=2)
+        assert [] == watcher.progress.tasks  # type: ignore[attr-defined]
+        watcher.phase("recovery", 2, done=0, total=2)
+        watcher.phase("cut 2", 0, done=2, total=2)
+
+        assert ["recovery"] == [task.description for task in watcher.progress.tasks]  # type: ignore[attr-defined]
+
+    assert "cut 1: no epochs" in screen(written(console))
+    assert "cut 2: no epochs" in screen(written(console))

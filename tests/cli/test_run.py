@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nni_prune_ext import cli
+from nni_prune_ext.cli.job import tell_json
 from nni_prune_ext.errors import (
     CertificateError,
     CheckpointError,
@@ -238,6 +239,92 @@ def test_training_that_fails_is_exit_code_1_and_can_be_resumed(folder, command):
     assert 2 == command("run", "recipe.yaml")[0]
 
 
+PLACES = {
+    "model: tiny_for_run:build": ("model: resnet21", "recipe.yaml:1: model.name: There is no built-in model"),
+    'source: "tiny_for_run:images"': ("source: nowhere", "recipe.yaml:2: data.source: There is no data source"),
+    "method: l1": ("method: l1\nloss: tiny_for_run:none", "recipe.yaml:4: loss: 'tiny_for_run:none' cannot be"),
+    "recovery: 2": (
+        "recovery: 2\nmetric: tiny_for_run:TOO_LITTLE",
+        "recipe.yaml:7: metric: 'tiny_for_run:TOO_LITTLE' is a",
+    ),
+    "target: macs=0.6": ("target: macs=0.0001", "recipe.yaml:4: target: "),
+    "measure: false": (
+        "measure: false\nlimits:\n  layers:\n    nothing: {max_ratio: 0.1}",
+        "recipe.yaml:11: limits.layers.nothing: The limit for 'nothing' matches no layer",
+    ),
+    "distillation: {weight: 0.5}": (
+        "distillation:\n  features: [deep]",
+        "recipe.yaml:8: distillation.features: The distillation feature 'deep' is not a module",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PLACES)
+def test_what_only_the_model_or_the_data_can_tell_is_named_with_key_and_line_too(part, folder, command):
+    text, expected = PLACES[part]
+    (folder / "recipe.yaml").write_text(RECIPE.replace(part, text))
+
+    code, _, err = command("run", "recipe.yaml", "--dry-run")
+
+    assert 2 == code
+    assert err.startswith(f"error: {expected}")
+
+
+def test_a_mistake_in_an_option_is_named_with_the_option(folder, command):
+    code, _, err = command(*SAME_AS_OPTIONS, "--out", "out", "--target", "macs=0.0001")
+
+    assert 2 == code
+    assert err.startswith("error: --target: ")
+
+
+def test_the_recipe_of_a_run_is_not_overwritten_by_itself(folder, command):
+    (folder / "out").mkdir()
+    (folder / "recipe.yaml").rename(folder / "out" / "recipe.yaml")
+
+    code, _, err = command("run", "out/recipe.yaml", "--overwrite")
+
+    assert 2 == code
+    assert "lies in the folder 'out' that --overwrite replaces" in err
+    assert RECIPE == (folder / "out" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "expected"),
+    [
+        (["run", "recipe.yaml", "--json", "--set", "seed=-1"], "RecipeError", 2),
+        (["run", "recipe.yaml", "--json", "--set", "training.learning_rate=1e30"], "TrainingError", 1),
+        (["run", "--json", "--no-such-option"], "NoSuchOption", 2),
+        (["run", "--json"], "MissingParameter", 2),
+    ],
+)
+def test_every_failure_is_one_object_for_machines_as_well(words, kind, expected, folder, command):
+    code, out, err = command(*words)
+
+    event = json.loads(out.splitlines()[-1])
+    assert (expected, "error", kind, expected) == (code, event["event"], event["kind"], event["exit_code"])
+    assert event["message"]
+    assert err
+
+
+def test_a_number_that_json_does_not_have_is_null(capsys):
+    tell_json("done", rows=[{"top1": float("nan"), "macs": 3}])
+
+    assert {"event": "done", "rows": [{"top1": None, "macs": 3}]} == json.loads(capsys.readouterr().out)
+
+
+def test_a_failure_that_nobody_expected_is_told_to_machines_and_keeps_its_traceback(monkeypatch, command, capsys):
+    def fail(standalone_mode: bool) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(cli, "app", fail)
+
+    with pytest.raises(ZeroDivisionError):
+        command("run", "--json")
+
+    event = {"event": "error", "kind": "ZeroDivisionError", "message": "by zero", "exit_code": 1}
+    assert event == json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -252,7 +339,7 @@ def test_training_that_fails_is_exit_code_1_and_can_be_resumed(folder, command):
     ],
 )
 def test_honest_failures_are_told_from_mistakes_by_the_exit_code(error, expected, monkeypatch, command):
-    def fail() -> None:
+    def fail(standalone_mode: bool) -> None:
         raise error("what was wrong")
 
     monkeypatch.setattr(cli, "app", fail)

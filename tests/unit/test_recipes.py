@@ -75,8 +75,13 @@ MISTAKES = {
     ),
     "a value of another type": (
         "limits:\n  multiple: many\n",
-        "recipe.yaml:9: limits.multiple is 'many': expected a valid integer, unable to parse string as an integer.",
+        "recipe.yaml:9: limits.multiple is 'many': expected a whole number.",
     ),
+    "text where a section belongs": (
+        "limits: 3\n",
+        "recipe.yaml:8: limits is 3: expected a mapping: keys with values.",
+    ),
+    "a switch where a number belongs": ("seed: true\n", "recipe.yaml:8: seed is True: expected a whole number."),
     "an unknown key": (
         "training:\n  learning_rat: 1\n",
         "recipe.yaml:9: training.learning_rat: there is no such key. Did you mean 'learning_rate'?",
@@ -107,6 +112,10 @@ MISTAKES = {
     "an unknown option of the method": (
         "options:\n  step: 2\n",
         "recipe.yaml:9: options.step: there is no such key. Did you mean 'steps'? Known options: steps, schedule",
+    ),
+    "a scheduler that nobody registered": (
+        "options: {schedule: apg}\n",
+        "recipe.yaml:8: options.schedule: There is no scheduler called 'apg'. Did you mean 'agp'",
     ),
     "an option of the method out of range": (
         "options:\n  steps: 0\n",
@@ -154,6 +163,24 @@ def test_keys_that_do_not_fit_are_both_named(conflict, written):
         load_recipe(written(text))
 
     assert str(caught.value).startswith(f"recipe.yaml:{line}: {conflict}: ")
+
+
+@pytest.mark.parametrize("target", ["5", "{macs: 0.5}", "[5]"])
+def test_a_target_that_is_no_text_is_told_what_text_to_write(target, written):
+    with pytest.raises(RecipeError, match=r"recipe.yaml:6: target.* expected text such as macs=0.5, or a list of it"):
+        load_recipe(written(SOUND.replace("macs=0.5", target)))
+
+
+def test_base_training_has_a_short_form_too(written):
+    recipe = load_recipe(written(SOUND + "train: 5\n"), ["train.learning_rate=0.1"])
+
+    assert (5, 0.1) == (recipe.train.epochs, recipe.train.learning_rate)
+
+
+@pytest.mark.parametrize("key", ["seed", "data.batch_size", "recovery.epochs", "train.epochs"])
+def test_a_switch_is_no_number(key, written):
+    with pytest.raises(RecipeError, match="is True: expected a whole number"):
+        load_recipe(written(SOUND), [f"{key}=true"])
 
 
 def test_all_mistakes_are_told_at_once(written):
@@ -223,7 +250,7 @@ def test_set_wins_over_the_file_and_makes_sections(written):
         ("seed", "Cannot read --set 'seed'. Expected KEY=VALUE"),
         ("=3", "Cannot read --set '=3'"),
         ("seed=[", "--set seed=[: the value is not readable as YAML"),
-        ("seed.more=1", "--set seed.more=1: seed is {'more': 1}: expected a valid integer."),
+        ("seed.more=1", "--set seed.more=1: seed is {'more': 1}: expected a whole number."),
         ("method.more=1", "--set method.more=1: 'method' has no keys below it. Set it as a whole."),
         ("data=null", "recipe.yaml:7: recovery.epochs"),
     ],

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from nni_prune_ext.data.sources import DataSource, open_data
+from nni_prune_ext.data import DataSource, ImageArrays, Loaders
+from nni_prune_ext.data.sources import open_data
 from nni_prune_ext.deployment import load_pruned
-from nni_prune_ext.errors import CheckpointError, ConfigError, OutputError, RecipeError, TargetError
+from nni_prune_ext.errors import (
+    ArtefactError,
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    RecipeError,
+    TargetError,
+)
 from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.recipes import Recipe, load_recipe, recipe_from
 from nni_prune_ext.report import RunReport
 from nni_prune_ext.training import EpochLog, Watcher
-from nni_prune_ext.workbench import execute, prepare, work_to_do
+from nni_prune_ext.workbench import check_recipe_survives, execute, prepare, work_to_do
+from nni_prune_ext.workbench.run_lock import LOCK, check_free, locked
 
 NETWORK, DATA = "test_workbench:small_network", "test_workbench:few_digits"
 
@@ -43,6 +56,65 @@ def few_digits() -> DataSource:
 def digits_with_other_test_images() -> DataSource:
     source = few_digits()
     return dataclasses.replace(source, test=source.val)
+
+
+def digits_with_another_pixel() -> DataSource:
+    source = few_digits()
+    images = source.val.images.clone()
+    images[0, 0, 0, 0] ^= 1
+    return dataclasses.replace(source, val=ImageArrays(images, source.val.labels))
+
+
+CHANGED = {"pixel": False}
+
+
+def digits_that_change() -> DataSource:
+    return digits_with_another_pixel() if CHANGED["pixel"] else few_digits()
+
+
+class Segmenter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": self.head(self.deep(self.body(images)))}
+
+
+def scenes(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    images = torch.randn(count, 4, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return [{"image": one, "mask": (one[:, 0] > 0).long()} for one in images]
+
+
+def scene_loaders() -> Loaders:
+    return Loaders(scenes(4, 0), scenes(2, 1), scenes(3, 2), torch.randn(1, 1, 8, 8))
+
+
+def scene_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch["image"])["out"], batch["mask"])
+
+
+def loss_without_gradient(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    return scene_loss(model, batch).item()
+
+
+def share_of_right_pixels(model: nn.Module, batches) -> torch.Tensor:
+    assert not model.training
+    return torch.stack([(model(b["image"])["out"].argmax(1) == b["mask"]).float().mean() for b in batches]).mean()
+
+
+def pixel_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return model(batch[0])["out"].square().mean()
+
+
+def broken_metric(model: nn.Module, batches) -> float:
+    raise KeyError("mask")
+
+
+def no_number(model: nn.Module, batches) -> str:
+    return "good"
 
 
 class Interrupted(Exception):
@@ -175,8 +247,8 @@ def test_resume_with_another_recipe_says_what_differs(done, tmp_path):
 
     with pytest.raises(Interrupted):
         execute(job(tmp_path / "out"), watcher=Stops(1))
-    with pytest.raises(CheckpointError, match=r"recipe.training.learning_rate was 0.01, is 0.5"):
-        execute(job(tmp_path / "out", training={"learning_rate": 0.5}), resume=True)
+    with pytest.raises(CheckpointError, match=r"recipe.train.learning_rate was 0.05, is 0.5"):
+        execute(job(tmp_path / "out", train={"epochs": 2, "learning_rate": 0.5}), resume=True)
 
 
 def test_a_folder_with_checkpoints_is_refused_with_a_hint_and_replaced_when_asked(tmp_path):
@@ -288,7 +360,7 @@ def test_another_recipe_never_goes_on_in_an_interrupted_run_nor_removes_it(tmp_p
     before = sorted(path.relative_to(tmp_path) for path in (tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
 
     for changes in ({"train": None, "recovery": 1}, {"train": None, "recovery": None, "control": None}):
-        with pytest.raises(CheckpointError, match=r"recipe\.method was None, is 'l1'"):
+        with pytest.raises(CheckpointError, match=r"recipe\.train was .*, is None"):
             execute(job(tmp_path / "out", **changes), resume=True)
 
     after = sorted(path.relative_to(tmp_path) for path in (tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
@@ -304,3 +376,181 @@ def test_an_interrupted_overwrite_is_continued_and_not_taken_for_the_old_run(tmp
     again = execute(recipe, resume=True)
 
     assert not again.already_done
+
+
+SEGMENTATION = {
+    "model": "test_workbench:Segmenter",
+    "data": "test_workbench:scene_loaders",
+    "loss": "test_workbench:scene_loss",
+    "metric": "test_workbench:share_of_right_pixels",
+}
+
+
+def test_a_segmentation_network_is_trained_pruned_and_reported_by_its_own_metric(tmp_path):
+    done = execute(job(tmp_path / "out", **SEGMENTATION, measure={"rounds": 2, "min_seconds": 0}))
+
+    assert ["dense", "dense-trained-longer", "l1"] == [row.name for row in done.rows]
+    assert all(0 < row.top1 <= 1 and 0 < row.validation <= 1 and row.parity is not None for row in done.rows)
+    assert all(row.latency_ms for row in done.rows)
+    assert {None} == {row.top1_onnx for row in done.rows}
+    assert done.caption.endswith("; in the columns top-1: test_workbench:share_of_right_pixels")
+    curve = RunReport.load(done.folder).curves["train"]
+    assert max(log.metric for log in curve) == done.rows[0].validation
+    assert "base training: 2 epochs, 8 batches" in work_to_do(prepare(job(tmp_path / "x", **SEGMENTATION)))
+
+
+def pair_loaders() -> Loaders:
+    images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    pairs = [(images[i : i + 8], torch.arange(8) % 2) for i in (0, 8, 16)]
+    return Loaders(pairs, pairs, pairs, images[:1], num_classes=2)
+
+
+def test_loaders_of_images_and_labels_are_measured_like_images_in_memory(tmp_path):
+    done = execute(job(tmp_path / "out", data="test_workbench:pair_loaders", control=False))
+
+    assert all(row.top1 is not None for row in done.rows)
+    assert [row.top1 for row in done.rows] == [row.top1_onnx for row in done.rows]
+    assert 2 == prepare(job(tmp_path / "x", data="test_workbench:pair_loaders")).job.spec.num_classes
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"metric": None}, r"Top-1 accuracy is the metric where none is named, but a batch is a dict.*--metric"),
+        ({"metric": None, "data": DATA, "loss": "test_workbench:pixel_loss"}, r"but the model returns a dict"),
+        ({"metric": "test_workbench:broken_metric"}, r"'test_workbench:broken_metric' failed on one batch, a dict"),
+        ({"metric": "test_workbench:no_number"}, r"no_number' returned a str, expected one number"),
+        ({"metric": "test_workbench:nothing"}, r"test_workbench:nothing' cannot be imported"),
+        ({"loss": None}, r"The loss 'cross-entropy' failed on one batch, a dict"),
+        (
+            {"loss": "test_workbench:loss_without_gradient"},
+            r"returned a float, expected a scalar tensor with a gradient",
+        ),
+        ({"distillation": {"features": ["deeper"]}}, r"feature 'deeper' is not a module of Segmenter"),
+    ],
+)
+def test_a_loss_or_metric_that_does_not_fit_is_refused_before_any_work(changes, expected, tmp_path):
+    with pytest.raises((RecipeError, ConfigError), match=expected):
+        execute(job(tmp_path / "out", **{**SEGMENTATION, **changes}))
+
+    assert not (tmp_path / "out").exists()
+
+
+class Notes(Watcher):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": "macs=0.7"},
+        {"distillation": {"weight": 0.3}},
+        {"method": "l2"},
+        {"training": {"gamma": 0.2}},
+    ],
+    ids=["target", "distillation", "method", "training"],
+)
+def test_a_correction_of_what_follows_keeps_the_base_training(changes, tmp_path):
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path / "out"), watcher=Stops(2))
+    notes = Notes()
+
+    done = execute(job(tmp_path / "out", **changes), resume=True, watcher=notes)
+
+    assert done.met
+    assert any("continued from checkpoint" in text and "'train'" in text for text in notes.texts)
+
+
+def test_a_correction_of_a_stage_that_has_begun_says_what_differs_and_what_can_be_kept(tmp_path):
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path / "out"), watcher=Stops(3))
+
+    with pytest.raises(CheckpointError, match=r"gamma was 0.1, is 0.2.*delete '.*prune' and resume.*--overwrite"):
+        execute(job(tmp_path / "out", training={"gamma": 0.2}), resume=True)
+
+
+def test_the_control_is_trained_for_all_planned_epochs_whatever_the_patience(tmp_path):
+    training = {"patience": 1, "learning_rate": 1e-9}
+
+    done = execute(job(tmp_path / "out", train=None, recovery=4, training=training))
+
+    curves = RunReport.load(done.folder).curves
+    assert (2, 4) == (len(curves["l1"]), len(curves["dense-trained-longer"]))
+
+
+def test_data_that_changed_is_refused_on_resume(tmp_path, monkeypatch):
+    recipe = job(tmp_path / "out", data={"source": "test_workbench:digits_that_change", "batch_size": 20})
+    with pytest.raises(Interrupted):
+        execute(recipe, watcher=Stops(1))
+    monkeypatch.setitem(CHANGED, "pixel", True)
+
+    with pytest.raises(CheckpointError, match=r"images\.val was '\w+', is '\w+'"):
+        execute(recipe, resume=True)
+
+
+@pytest.mark.parametrize("lost", ["report.html", "l1/model.onnx", "dense/manifest.json"])
+def test_a_finished_run_that_is_no_longer_whole_is_told(lost, tmp_path):
+    recipe = job(tmp_path / "out", train=None, recovery=1, control=False)
+    execute(recipe)
+    (tmp_path / "out" / lost).unlink()
+
+    with pytest.raises(ArtefactError, match=rf"no longer whole: .*{Path(lost).name}.*--overwrite"):
+        execute(recipe, resume=True)
+
+
+def test_a_finished_run_that_is_no_longer_whole_is_delivered_again_from_kept_checkpoints(tmp_path):
+    recipe = job(tmp_path / "out", train=None, recovery=1, control=False, keep_checkpoints=True)
+    first, notes = execute(recipe), Notes()
+    (tmp_path / "out" / "l1" / "model.onnx").unlink()
+
+    again = execute(recipe, resume=True, watcher=notes)
+
+    assert not again.already_done
+    assert any("no longer whole" in text for text in notes.texts)
+    assert [row.top1 for row in first.rows] == [row.top1 for row in again.rows]
+    assert execute(recipe, resume=True).already_done
+
+
+def test_a_second_run_on_the_same_folder_is_refused_with_the_number_of_the_process(tmp_path):
+    out = tmp_path / "out"
+    with locked(out), pytest.raises(OutputError, match=rf"in use by process {os.getpid()} on "):
+        execute(job(out), overwrite=True)
+
+    assert not out.exists()
+
+
+def test_the_lock_of_an_ended_process_is_taken_over(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):  # the latter as after a restart of a container
+        (tmp_path / LOCK).write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+
+        with locked(tmp_path):
+            assert os.getpid() == json.loads((tmp_path / LOCK).read_text())["pid"]
+
+
+def test_the_lock_of_another_machine_is_respected(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+
+    with pytest.raises(OutputError, match=r"process 1 on 'elsewhere'.*delete"):
+        check_free(tmp_path)
+
+
+def test_a_run_that_fails_leaves_no_lock(tmp_path):
+    with pytest.raises(Interrupted):
+        execute(job(tmp_path / "out"), watcher=Stops(1))
+
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "checkpoints/mine.yaml", "l1/mine.yaml"])
+def test_a_recipe_in_the_folder_that_it_replaces_is_refused(file, tmp_path):
+    with pytest.raises(RecipeError, match="lies in the folder .* that --overwrite replaces"):
+        check_recipe_survives(tmp_path / "out" / file, tmp_path / "out")
+
+    check_recipe_survives(tmp_path / "recipe.yaml", tmp_path / "out")
+    check_recipe_survives(tmp_path / "out" / "mine.yaml", tmp_path / "out")

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from nni_prune_ext.data.sources import DataSource, ImageArrays, open_data
+from nni_prune_ext.data import Loaders
+from nni_prune_ext.data.sources import DataSource, ImageArrays, open_data, open_source
 from nni_prune_ext.errors import ConfigError, DataError
 
 FACTORIES = """
 import torch
-from nni_prune_ext.data.sources import DataSource, ImageArrays
+from nni_prune_ext.data import DataSource, ImageArrays, Loaders
 
 def arrays(count):
     return ImageArrays(torch.full((count, 1, 4, 4), 9, dtype=torch.uint8), torch.arange(count) % 2)
@@ -23,6 +24,13 @@ def own():
 
 def not_a_source():
     return 3
+
+def broken():
+    raise OSError("disk 7 is gone")
+
+def loaders():
+    batches = [{"image": torch.zeros(2, 1, 4, 4)}]
+    return Loaders(batches, batches, batches, torch.zeros(1, 1, 4, 4))
 """
 
 
@@ -124,6 +132,28 @@ def test_size_limit_and_normalisation_apply_to_a_factory_too(factories: str) -> 
 def test_a_factory_that_returns_something_else_is_refused(factories: str) -> None:
     with pytest.raises(DataError, match="returned a int, expected a DataSource"):
         open_data(f"{factories}:not_a_source")
+
+
+def test_a_factory_that_raises_is_named_with_what_it_raised(factories: str) -> None:
+    with pytest.raises(DataError, match=rf"'{factories}:broken' raised OSError: disk 7 is gone") as caught:
+        open_data(f"{factories}:broken")
+
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_factory_may_return_loaders_which_are_taken_as_they_are(factories: str) -> None:
+    assert isinstance(open_source(f"{factories}:loaders"), Loaders)
+    with pytest.raises(DataError, match="returned Loaders, expected a DataSource"):
+        open_data(f"{factories}:loaders")
+    with pytest.raises(DataError, match="limit_images has no effect"):
+        open_source(f"{factories}:loaders", limit=3)
+
+
+def test_loaders_that_are_read_once_or_without_a_tensor_are_refused() -> None:
+    with pytest.raises(DataError, match="The val loader is a list_iterator, expected an iterable that gives"):
+        Loaders([], iter([]), [], torch.zeros(1))
+    with pytest.raises(DataError, match="a list without a tensor"):
+        Loaders([], [], [], [])
 
 
 @pytest.mark.parametrize(

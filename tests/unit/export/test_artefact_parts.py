@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from nni_prune_ext.deployment import add_parts, load_gated, load_masks, load_pru
 from nni_prune_ext.errors import ArtefactError, ModelError, NniPruneExtError, PlanError, WeightsError
 from nni_prune_ext.export import artefact_loading
 from nni_prune_ext.export.example_structure import ExampleStructure
-from nni_prune_ext.export.manifest import MethodUse, Part, checked_manifest, read_manifest, write_manifest
+from nni_prune_ext.export.manifest import MethodUse, Part, body_sha256, checked_manifest, read_manifest, write_manifest
 from nni_prune_ext.export.weight_masks import mask_pattern, write_tensors
 from nni_prune_ext.methods.base import MethodSpec, PruningMethod
 from nni_prune_ext.pipeline import PruneResult, prune
@@ -186,7 +189,8 @@ def put_masks(**masks: Tensor) -> Callable[[Path], None]:
 def edit_manifest(**values: object) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         path = folder / "manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        body = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({**body, "sha256": body_sha256(body)}))
 
     return write
 
@@ -211,6 +215,21 @@ FLAWS: dict[str, tuple[Callable[[Path], object], type[NniPruneExtError], str]] =
     "manifest cut short": (lambda f: (f / "manifest.json").write_text('{"pa'), ArtefactError, "manifest.json' cannot"),
     "manifest of something else": (lambda f: (f / "manifest.json").write_text("[]"), ArtefactError, "cannot be read"),
     "newer format": (edit_manifest(format=2, package_version="9.0"), ArtefactError, "format 2.*newer version.*9.0"),
+    "format that is no number": (
+        edit_manifest(format=True),
+        ArtefactError,
+        "manifest.json' cannot be read .*whole number",
+    ),
+    "hash that is none": (
+        edit_manifest(parts={"plan.json": {"sha256": "abc", "size_bytes": 1}}),
+        ArtefactError,
+        "manifest.json' cannot be read .*sha256",
+    ),
+    "manifest edited by hand": (
+        lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('"toy"', '"other"')),
+        ArtefactError,
+        "manifest.json' itself is damaged or was edited",
+    ),
     "manifest that leads outside": (name_part("../x"), ArtefactError, r"lacks '\.\./x'"),
     "part that nobody named": (
         lambda f: (f / "model.onnx.data").touch(),
@@ -236,6 +255,55 @@ def test_a_folder_with_a_flaw_is_refused_by_name(flaw: str, folder: Path) -> Non
 
     with pytest.raises(error, match=message):
         load_pruned(build, folder)
+
+
+def test_whichever_bit_of_the_manifest_flips_the_manifest_is_blamed(folder: Path) -> None:
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(ArtefactError, match=f"^'{path}' (itself is damaged|cannot be read)"):
+            read_manifest(folder)
+
+
+def test_the_difference_of_a_part_is_told_in_full(folder: Path) -> None:
+    expected = read_manifest(folder).parts["model.onnx"].sha256
+    damage("model.onnx")(folder)
+
+    with pytest.raises(
+        ArtefactError, match=f"has SHA-256 {Part.of(folder / 'model.onnx').sha256}, expected {expected}"
+    ):
+        checked_manifest(folder)
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ArtefactError, match=r"it has [\d,]+ bytes, expected [\d,]+ as"):
+        checked_manifest(folder)
+
+
+def test_files_that_are_no_part_may_lie_beside_the_network(folder: Path, result: PruneResult) -> None:
+    (folder / "notes.txt").write_text("mine")
+    (folder / "plots").mkdir()
+
+    assert same_weights(result.model, load_pruned(build, folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_read_nor_written(
+    value: float, folder: Path, result: PruneResult, tmp_path: Path
+) -> None:
+    diverged = copy.deepcopy(result.model)
+    with torch.no_grad():
+        diverged[4].bias[:2] = value
+    write_tensors(diverged.state_dict(), folder / "model.safetensors")
+    resign(folder)
+
+    with pytest.raises(WeightsError, match=r"model.safetensors' has 2 values that are NaN or infinite in '4\.bias'"):
+        load_pruned(build, folder)
+    with pytest.raises(WeightsError, match=r"network to write has 2 values .* in '4\.bias'.*smaller learning rate"):
+        write_artefacts(diverged, tmp_path / "new", EXAMPLE, plan=result.plan)
+
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_plan_for_another_model_is_refused(folder: Path) -> None:
@@ -272,6 +340,21 @@ def test_a_function_that_builds_no_model_is_named(written: Path) -> None:
 def test_a_gated_network_whose_method_is_unknown_is_refused(written: Path) -> None:
     with pytest.raises(ArtefactError, match=r"'toy' is not registered here.*spec="):
         load_gated(build, written)
+
+
+def test_a_folder_does_not_decide_what_code_is_imported(folder: Path) -> None:
+    edit_manifest(method={"name": "antigravity:SPEC", "options": {"hidden": 4}})(folder)
+
+    with pytest.raises(ArtefactError, match=r"no folder decides.*from antigravity import SPEC, and pass spec=SPEC"):
+        load_gated(build, folder)
+
+    assert "antigravity" not in sys.modules
+    load_gated(build, folder, spec=GATED)
+
+
+def test_a_method_passed_that_cannot_rebuild_is_named(written: Path) -> None:
+    with pytest.raises(ArtefactError, match="'toy' that was passed has no build_gated"):
+        load_gated(build, written, spec=replace(GATED, build_gated=None, products=frozenset({"plan"})))
 
 
 def test_a_gated_network_whose_method_takes_other_options_is_refused(folder: Path, registered: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,6 +241,23 @@ def test_a_fixed_batch_size_is_written_when_asked_for(tmp_path: Path) -> None:
     )
 
     assert [3, 2] == bare_session(result.path).get_inputs()[0].shape
+
+
+def test_a_full_disk_and_a_folder_in_the_way_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example = nn.Linear(2, 2), torch.zeros(1, 2)
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(OutputError, match="folder': .*Choose another path"):
+        export_onnx(model, example, tmp_path / "folder", exporter="torchscript")
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_static.onnx, "save_model", full)
+    with pytest.raises(OutputError, match=r"net\.onnx': no space left.*Make space.*export again"):
+        export_onnx(model, example, tmp_path / "net.onnx", exporter="torchscript")
+
+    assert ["folder"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:

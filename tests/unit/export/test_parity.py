@@ -66,6 +66,29 @@ def test_a_value_that_is_not_finite_fails(exported: ExportResult, tiny_net: nn.M
     assert math.inf == report.max_rel
 
 
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [(math.nan, "1 in 'bias'"), (math.inf, "1 in 'bias'"), (3e38, "weights are finite, so they are too large")],
+)
+def test_a_network_that_computes_no_numbers_itself_is_blamed_and_not_the_file(
+    value: float, cause: str, tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias[0] = value
+        if math.isfinite(value):
+            model.weight[:] = value
+
+    with pytest.raises(ParityError, match="Linear itself computes NaN or infinity in PyTorch, for .* inputs") as caught:
+        export_onnx(model, 10 * torch.ones(1, 2), tmp_path / "m.onnx", exporter="torchscript",
+                    given_inputs=[10 * torch.ones(1, 2)])  # fmt: skip
+
+    assert cause in str(caught.value)
+    assert "smaller learning rate" in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("opset", "xporter"))
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_the_relative_difference_is_measured_on_the_largest_output(tmp_path: Path) -> None:
     class Double(nn.Module):
         factor = 2.0

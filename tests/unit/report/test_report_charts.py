@@ -54,6 +54,14 @@ def test_the_scatter_names_every_network_and_its_axes():
     assert {"dense", "control <&>", "l1", "worse", "MACs (M)", "top-1 (%)"} <= set(found)
 
 
+def test_another_metric_names_the_axis_and_keeps_its_scale():
+    found = texts(scatter(NETWORKS, axis="MACs", name="a", metric="mean_iou") or "")
+
+    assert "mean_iou" in found
+    assert all(float(text) <= 1.5 for text in found if text.startswith("0."))
+    assert not {"top-1 (%)", "85", "90"} & set(found)
+
+
 def test_the_same_networks_give_the_same_svg_without_a_date():
     first, second = (scatter(NETWORKS, axis="latency", name="a") for _ in range(2))
 
@@ -83,6 +91,7 @@ def test_nothing_to_draw_is_no_chart():
     assert [] == width_charts([], name="a")
     assert training_curve([EpochFacts(epoch=0)], stage="l1", name="a") is None
     assert {} == note_charts([{"progress": 0.5}], name="a")
+    assert {} == note_charts([{"progress": 0.5, "once": 1.0}], name="a")
 
 
 @pytest.mark.parametrize("count", [1, 3, 40, 41, 150])

@@ -49,8 +49,8 @@ def test_run_folders_artefact_folders_and_files_are_compared(folder):
 
     for expected in (
         "3 runs",
-        "1. resnet56, l1",
-        "2. resnet56, fpgm",
+        "1. resnet56, l1 · l1",
+        "2. resnet56, fpgm · artefact",
         "3. resnet56, l1",
         "2. MACs: target MISSED, 3.38 M",
     ):
@@ -61,10 +61,29 @@ def test_run_folders_artefact_folders_and_files_are_compared(folder):
 def test_json_holds_rows_and_targets_of_every_run(folder):
     found = json.loads(run(folder / "l1", folder / "fpgm", "--out", folder / "page.html", "--json"))
 
-    assert str(folder / "page.html") == found["out"]
+    assert ("done", str(folder / "page.html")) == (found["event"], found["out"])
     assert ["resnet56, l1", "resnet56, fpgm"] == [one["title"] for one in found["runs"]]
     assert 62_669_200 == found["runs"][0]["rows"][2]["macs"]
     assert found["runs"][1]["targets"][0]["met"] is False
+
+
+def test_json_has_null_where_a_number_is_none(folder):
+    content = sample()
+    content["rows"][0]["top1"] = "NaN"
+    (folder / "l1" / "report.json").write_text(json.dumps(content))
+
+    printed = run(folder / "l1", "--out", folder / "page.html", "--json")
+
+    assert json.loads(printed, parse_constant=pytest.fail)["runs"][0]["rows"][0]["top1"] is None
+
+
+def test_the_report_of_an_artefact_folder_must_be_the_one_of_its_manifest(folder):
+    (folder / "l1" / "artefact" / "manifest.json").write_text('{"parts": {"report.json": {"sha256": "0"}}}')
+
+    with pytest.raises(ArtefactError, match=r"report\.json' is damaged or of another run"):
+        run(folder / "l1" / "artefact", "--out", folder / "page.html")
+
+    assert not (folder / "page.html").exists()
 
 
 def test_an_existing_file_is_kept_unless_told_otherwise(folder):

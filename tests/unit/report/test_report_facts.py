@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 from sample_reports import sample
@@ -93,6 +95,55 @@ def test_a_damaged_old_or_foreign_file_is_refused_by_file_and_key(tmp_path, text
 def test_a_missing_report_is_named(tmp_path, where):
     with pytest.raises(ArtefactError, match=r"Cannot read '.*(nowhere|report\.json)'.*expected|Expected a run folder"):
         RunReport.load(tmp_path / where)
+
+
+def artefact(folder: Path, parts: object) -> Path:
+    (folder / "report.json").write_text(json.dumps(sample()))
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "parts": parts}))
+    return folder / "report.json"
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_the_report_of_an_artefact_folder_is_the_one_that_its_manifest_names(tmp_path, by_file):
+    file = artefact(tmp_path, {})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    artefact(tmp_path, {"report.json": {"sha256": digest, "size_bytes": 1}})
+
+    assert tmp_path == RunReport.load(file if by_file else tmp_path).folder
+    file.write_text(file.read_text().replace("0.8556", "0.9956"))
+
+    with pytest.raises(ArtefactError, match=r"report\.json' is damaged or of another run.*expected " + digest[:12]):
+        RunReport.load(file if by_file else tmp_path)
+
+
+@pytest.mark.parametrize("parts", [{}, None, {"report.json": 3}, []])
+def test_a_report_that_the_manifest_does_not_name_is_not_of_this_network(tmp_path, parts):
+    artefact(tmp_path, parts)
+
+    with pytest.raises(ArtefactError, match="gives no hash for it"):
+        RunReport.load(tmp_path)
+
+
+def test_a_broken_manifest_is_named(tmp_path):
+    artefact(tmp_path, {})
+    (tmp_path / "manifest.json").write_text("{")
+
+    with pytest.raises(ArtefactError, match=r"manifest\.json' is not readable as JSON"):
+        RunReport.load(tmp_path)
+
+
+def test_the_folder_is_known_after_reading_and_never_written(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(sample()))
+
+    found = RunReport.load(tmp_path / "report.json")
+
+    assert tmp_path.resolve() == found.folder
+    assert "folder" not in found.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(("metric", "name"), [(None, "top-1"), ("a.b:mean_iou", "mean_iou"), ("dice", "dice")])
+def test_the_metric_is_called_by_the_name_of_its_function(metric, name):
+    assert name == RunReport.model_validate(sample() | {"metric": metric}).metric_name
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):

@@ -68,6 +68,34 @@ def test_the_page_is_never_wider_than_the_window(tmp_path, runs, width):
         assert 0 < int(found[3])  # tables are wider than a phone, and scroll in their box
 
 
+MEASURE = """<script>onload = () => {
+  const last = {"Before and after": 3, "Asked and achieved": 2};
+  const right = [...document.querySelectorAll("table")].filter(table => table.caption.textContent in last)
+    .flatMap(table => [...table.rows].map(row => row.cells[last[table.caption.textContent]]))
+    .filter(cell => cell).map(cell => cell.getBoundingClientRect().right);
+  const fonts = [...document.querySelectorAll("svg text")]
+    .map(text => parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getScreenCTM().a);
+  parent.document.title = `right ${Math.max(...right)} font ${Math.min(...fonts)}`;
+}</script>"""
+PHONE = (
+    '<!DOCTYPE html><title>waiting</title><iframe style="border:0;width:390px;height:3000px" srcdoc="{page}"></iframe>'
+)
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_phone_shows_what_counts_without_scrolling_and_in_letters_that_can_be_read(tmp_path, runs):
+    inner = page(reports(runs)).replace("</body>", MEASURE + "</body>")
+    inner = inner.replace("&", "&amp;").replace('"', "&quot;")
+    (tmp_path / "frame.html").write_text(PHONE.format(page=inner), encoding="utf-8")
+
+    dom = chromium(tmp_path, "--dump-dom", "--window-size=410,3000", (tmp_path / "frame.html").as_uri())
+
+    found = re.search(r"<title>right ([0-9.]+) font ([0-9.]+)</title>", dom)
+    assert found is not None, dom[:200]
+    assert float(found[1]) <= 390  # up to top-1, MACs left and latency; up to target and verdict
+    assert 11 <= float(found[2])
+
+
 @pytest.mark.parametrize(("scheme", "paper"), [("1", (255, 255, 255)), ("0", (21, 24, 28))])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_is_drawn_in_the_readers_colours(tmp_path, width, scheme, paper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -118,7 +119,7 @@ def test_missing_values_are_said_and_no_cell_is_blank():
 
     for expected in (
         "model unknown",
-        "No target was recorded.",
+        "No target was asked for.",
         "unknown whether the removal is exact",
         "unknown whether ONNX Runtime agrees",
         "Latency was not measured.",
@@ -129,7 +130,7 @@ def test_missing_values_are_said_and_no_cell_is_blank():
         "No recipe was recorded.",
         "There is no chart over latency",
         "not measured",
-        "Not measured for any network: top-1 ONNX, ONNX file, latency (ms), × dense.",
+        "Not measured for any network: latency × dense, top-1 ONNX, ONNX file, latency (ms).",
     ):
         assert expected in text, expected
     assert "></td>" not in html
@@ -218,6 +219,75 @@ def test_several_runs_share_one_table_and_one_scatter_and_keep_their_own_section
     assert ["run-1", "run-2", "run-3"] == [a["id"] for tag, a, _ in found.elements if tag == "article"]
     assert "dense (1, 2, 3)" in found.text
     assert all(label in found.text for label in ("l1 (1)", "fpgm (2)", "taylor (3)"))
+
+
+def test_a_run_without_a_target_was_asked_for_none():
+    found = parsed(sample(), sample() | {"targets": []})
+
+    assert "none asked" in found.text
+    assert "No target was asked for." in found.text
+    assert "1 of 1 targets met." in found.text
+    assert "unknown" not in found.text[found.text.index("Asked and achieved") : found.text.index("Before and after")]
+
+
+def test_what_was_not_cut_needs_no_certificate():
+    content = sample() | {"certificate": None}
+    content["rows"][2] |= {"macs": 125_485_696, "params": 853_018, "certificate": None, "top1_removed": None}
+
+    text = parsed(content).text
+
+    assert "Certificate: nothing was cut, so there was nothing to certify." in text
+    assert "Nothing was cut, so there was nothing to certify." in text
+    assert "No certificate was made." not in text
+    assert "Not measured" not in text
+
+
+def test_an_empty_cut_beside_real_ones_is_named():
+    content = sample() | {"certificate": None}
+    content["rows"].append({**content["rows"][0], "name": "empty", "kind": "pruned"})
+
+    assert "nothing was cut" in parsed(content).text
+
+
+def test_a_single_epoch_is_a_sentence_and_no_chart():
+    content = sample()
+    content["curves"] = {"l1": content["curves"]["l1"][:1], "none": []}
+
+    html = page([RunReport.model_validate(content)])
+
+    assert "l1: 1 epoch, 1 min 02 s; loss 1.5000, validation metric 0.5700." in Parsed(html).text
+    assert "none: no epoch of training." in html
+    assert "Training curves" not in html
+
+
+def test_the_accuracy_is_named_after_its_metric_and_is_no_percentage():
+    content = sample() | {"metric": "my_metrics:mean_iou"}
+
+    text = parsed(content).text
+
+    assert "mean_iou ONNX" in text
+    assert "0.8556" in text
+    assert "−0.0407 to dense" in text
+    assert "85.56 %" not in text
+    assert "op-1" not in text
+
+
+def test_settings_that_are_off_are_none_and_not_unknown():
+    assert "patiencenone" in parsed(sample()).text.replace("\n", "")
+
+
+def test_the_folder_stands_under_the_title_of_one_run_and_in_the_headings_of_several(tmp_path):
+    reports = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(sample()))
+        reports.append(RunReport.load(tmp_path / name))
+
+    alone, both = Parsed(page(reports[:1])), Parsed(page(reports))
+
+    assert "folder first" in alone.text
+    assert 4 <= both.text.count("resnet56, l1 · second")
+    assert str(tmp_path) not in both.text
 
 
 def test_the_same_reports_give_the_same_page():

@@ -46,3 +46,31 @@ def test_the_comparison_puts_every_run_under_its_name_and_refers_shares_to_its_o
 
     assert text.index("one") < text.index("[l1]") < text.index("[two]") < text.index("l2")
     assert "25.0 %" in next(line for line in text.splitlines() if "l2" in line)
+
+
+def test_another_metric_than_top1_is_named_and_is_no_percentage():
+    text = printed(before_after_table(ROWS, title="tiny", metric="mean_iou"))
+
+    assert all(heading in text for heading in ("mean_iou cut", "mean_iou ORT", "0.5000"))
+    assert "50.00 %" not in text
+    assert "top-1" not in text
+    assert "| mean_iou |" in markdown_table(ROWS, metric="mean_iou")
+
+
+def test_runs_of_several_metrics_share_a_column_under_both_names():
+    text = printed(comparison_table({"one": ROWS, "two": ROWS}, title="both", metrics={"two": "dice"}))
+
+    assert "top-1 / dice" in text
+    assert all(number in text for number in ("50.00 %", "0.5000"))
+
+
+def test_a_long_name_of_a_run_breaks_and_leaves_the_numbers_whole():
+    console = Console(width=160)
+    row = Row("dense-trained-longer", 125_485_696, 853_018, 0.1231, 0.8989, 0.8989, 3_436_363, 1.33, 1.0, 3e-16, 5e-7)
+
+    with console.capture() as capture:
+        console.print(comparison_table({"1. a long title of a run · and_a_long_folder_name": [row]}, title="one"))
+
+    found = capture.get()
+    assert "…" not in found
+    assert all(number in found for number in ("125.49 M", "853.02 k", "100.0 %", "12.31 %", "3.28 MiB", "5e-07"))
