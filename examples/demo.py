@@ -25,10 +25,9 @@ from nni_prune_ext.deployment import (
     Variant,
     check_writable,
     compare_variants,
-    latency_caption,
-    measurement_facts,
     result_facts,
 )
+from nni_prune_ext.evaluation import latency_caption, measurement_facts
 from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.pipeline import method_spec
 from nni_prune_ext.registry import plugins

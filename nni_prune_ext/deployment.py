@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import PluginError
-from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, environment, file_size_bytes, measure_latency
+from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
     GATED,
     MASKS,
@@ -379,20 +379,6 @@ def _targets(result: PruneResult) -> list[dict[str, object]]:
         {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
         for a in result.achieved
     ]
-
-
-def measurement_facts(latency: LatencyReport | None) -> dict[str, object]:
-    """Returns the conditions of a measurement: machine, versions, protocol, samples."""
-    return {"environment": environment(), "latency": latency.to_dict() if latency else None}
-
-
-def latency_caption(latency: LatencyReport | None, without_data: bool = False) -> str:
-    """Returns the line under a table that says how latency was measured."""
-    how = "latency: not measured"
-    if latency is not None:
-        how = f"latency: {latency.clock} time, {latency.threads} thread, batch {latency.batch_size}"
-        how += f", A/A error {100 * latency.error_bar:.1f} %"
-    return how + ("; no data given: accuracy not measured" if without_data else "")
 
 
 def result_facts(result: PruneResult) -> dict[str, object]:

@@ -250,6 +250,20 @@ class _Loaded:
     gpu_memory_bytes: int | None
 
 
+def measurement_facts(latency: LatencyReport | None) -> dict[str, object]:
+    """Returns the conditions of a measurement: machine, versions, protocol, samples."""
+    return {"environment": environment(), "latency": latency.to_dict() if latency else None}
+
+
+def latency_caption(latency: LatencyReport | None, without_data: bool = False) -> str:
+    """Returns the line under a table that says how latency was measured."""
+    how = "latency: not measured"
+    if latency is not None:
+        how = f"latency: {latency.clock} time, {latency.threads} thread, batch {latency.batch_size}"
+        how += f", A/A error {100 * latency.error_bar:.1f} %"
+    return how + ("; no data given: accuracy not measured" if without_data else "")
+
+
 def _open(
     stack: ExitStack,
     runtime: InferenceRuntime,

@@ -13,8 +13,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from nni_prune_ext.checkpoints import Checkpoints, Json
-from nni_prune_ext.deployment import Measurement, Variant, compare_variants, latency_caption
+from nni_prune_ext.deployment import Measurement, Variant, compare_variants
 from nni_prune_ext.errors import CheckpointError
+from nni_prune_ext.evaluation import latency_caption
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.pipeline import PruneResult, prune
 from nni_prune_ext.recipes import Origins, Recipe, checked_recipe

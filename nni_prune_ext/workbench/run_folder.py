@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nni_prune_ext import __version__
-from nni_prune_ext.deployment import Variant, add_parts, measurement_facts, result_facts
-from nni_prune_ext.evaluation import LatencyReport
+from nni_prune_ext.deployment import Variant, add_parts, result_facts
+from nni_prune_ext.evaluation import LatencyReport, measurement_facts
 from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.recipes import Recipe

@@ -25,12 +25,11 @@ from nni_prune_ext.deployment import (
     Variant,
     add_parts,
     compare_variants,
-    latency_caption,
     load_masks,
-    measurement_facts,
     write_artefacts,
 )
 from nni_prune_ext.errors import ArtefactError, ConfigError, ModelError, OutputError, ParityError
+from nni_prune_ext.evaluation import latency_caption, measurement_facts
 from nni_prune_ext.export.artefact_folder import ModelSpec, check_unused, check_writable, complete_or_absent
 from nni_prune_ext.export.earlier_run import remove_earlier_run
 from nni_prune_ext.export.example_structure import ExampleStructure
