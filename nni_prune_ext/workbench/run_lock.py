@@ -1,4 +1,8 @@
-"""The lock of a run's folder: two processes never write the same run; an ended process's lock is taken over."""
+"""The lock of a run's folder: two processes never write the same run.
+
+The lock is the operating system's, on an open file: it ends with its process, however that ends. What the file says is
+only for the message.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,24 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from nni_prune_ext.errors import OutputError
 
 LOCK = ".run.lock"
-_HELD: set[Path] = set()
-"""The locks of this process: one of its own number that is not here is left from an earlier process."""
 
 
 def check_free(out: Path) -> None:
-    """Makes sure that no other run is writing to a folder; what an ended process left behind is removed.
+    """Makes sure that no other run is writing to a folder; the file that an ended one left behind is removed.
 
     Raises:
         OutputError: one is; the message names its process.
     """
     lock = out / LOCK
-    owner = _owner(lock)
-    if owner is None:
-        return
-    if _is_running(lock, *owner):
-        host, pid = owner
-        raise OutputError(
-            f"The folder '{out}' is in use by process {pid} on '{host}', expected one run per folder. Wait for it, or "
-            f"choose another folder with --out; if that process has ended, delete '{lock}'."
-        )
-    _remove_stale(lock, owner)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), lock.open("r+", encoding="utf-8") as handle:
+        if not _taken(handle):
+            raise _in_use(out)
+        lock.unlink()
 
 
 @contextmanager
@@ -44,28 +41,32 @@ def locked(out: Path) -> Iterator[None]:
         OutputError: another run is there already, or the folder cannot be written.
     """
     lock, is_new = out / LOCK, not out.exists()
-    _take(out, lock)
-    _HELD.add(lock.absolute())
+    handle = _opened(out, lock)
     try:
+        handle.truncate(0)
+        handle.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        handle.flush()
         yield
     finally:
-        _HELD.discard(lock.absolute())
         lock.unlink(missing_ok=True)
+        handle.close()
         with contextlib.suppress(OSError):  # it holds something, as it should after a run
             if is_new:
                 out.rmdir()
 
 
-def _take(out: Path, lock: Path) -> None:
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+def _opened(out: Path, lock: Path) -> IO[str]:
+    """Opens the lock file and takes the lock; a file that its owner has removed in the meantime is made anew."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        check_free(out)
-        with lock.open("x", encoding="utf-8") as handle:
-            handle.write(text)
-    except FileExistsError as error:
-        check_free(out)
-        raise OutputError(f"The folder '{out}' was just taken by another run, expected one run. Try again.") from error
+        while True:
+            out.mkdir(parents=True, exist_ok=True)
+            handle = lock.open("a+", encoding="utf-8")
+            if not _taken(handle):
+                handle.close()
+                raise _in_use(out)
+            if lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                return handle
+            handle.close()
     except OSError as error:
         raise OutputError(
             f"Cannot write '{lock}': {error.strerror or error}. Expected a folder that you may write to. Choose "
@@ -73,37 +74,28 @@ def _take(out: Path, lock: Path) -> None:
         ) from error
 
 
-def _owner(lock: Path) -> tuple[str, int] | None:
-    """Returns machine and process number; an unreadable lock is one that is just being written, by an unknown one."""
+def _taken(handle: IO[str]) -> bool:
+    """Takes the lock of an open file if nobody has it."""
     try:
-        found = json.loads(lock.read_bytes())
-        return str(found["host"]), int(found["pid"])
-    except (FileNotFoundError, NotADirectoryError):  # nothing is there, or nothing can be
-        return None
-    except (OSError, ValueError, LookupError, TypeError):
-        return "unknown", 0
+        if os.name == "nt":
+            import msvcrt  # imported here: it exists on Windows only
 
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl  # imported here: it does not exist on Windows
 
-def _is_running(lock: Path, host: str, pid: int) -> bool:
-    """Says whether a lock's owner may still be there; of other machines that is not known."""
-    if host != socket.gethostname() or os.name == "nt":  # there os.kill would end the process
-        return True
-    if pid == os.getpid():
-        return lock.absolute() in _HELD
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-    except (PermissionError, OverflowError):
-        return True
     return True
 
 
-def _remove_stale(lock: Path, owner: tuple[str, int]) -> None:
-    """Removes an ended process's lock, but not one that somebody took in the meantime."""
-    aside = lock.with_name(f"{LOCK}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        lock.rename(aside)
-        if _owner(aside) != owner:
-            aside.rename(lock)
-        aside.unlink()
+def _in_use(out: Path) -> OutputError:
+    owner = "another process"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it is just being written
+        found = json.loads((out / LOCK).read_bytes())
+        owner = f"process {int(found['pid'])} on '{found['host']}'"
+    return OutputError(
+        f"The folder '{out}' is in use by {owner}, expected one run per folder. Wait for it, or choose another folder "
+        "with --out."
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -523,21 +522,38 @@ def test_a_second_run_on_the_same_folder_is_refused_with_the_number_of_the_proce
     assert not out.exists()
 
 
-def test_the_lock_of_an_ended_process_is_taken_over(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for pid in (ended.pid, os.getpid()):  # the latter as after a restart of a container
-        (tmp_path / LOCK).write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+HOLDS_A_LOCK = """
+import sys, time
+from pathlib import Path
+from nni_prune_ext.workbench.run_lock import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
 
-        with locked(tmp_path):
-            assert os.getpid() == json.loads((tmp_path / LOCK).read_text())["pid"]
 
-
-def test_the_lock_of_another_machine_is_respected(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-
-    with pytest.raises(OutputError, match=r"process 1 on 'elsewhere'.*delete"):
+def test_the_lock_of_a_killed_process_is_free_even_before_anybody_has_waited_for_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert "locked\n" == holder.stdout.readline()
+    with pytest.raises(OutputError, match=rf"in use by process {holder.pid} on "):
         check_free(tmp_path)
+
+    holder.kill()
+    while holder.stdout.read():  # its end closes the pipe; the process is not reaped yet
+        pass
+
+    with locked(tmp_path):
+        assert os.getpid() == json.loads((tmp_path / LOCK).read_text())["pid"]
+    holder.wait()
+
+
+def test_an_empty_lock_that_a_kill_left_is_taken_over(tmp_path):
+    (tmp_path / LOCK).touch()
+
+    check_free(tmp_path)
+
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_run_that_fails_leaves_no_lock(tmp_path):
