@@ -305,3 +305,32 @@ def test_a_target_between_a_share_and_a_plausible_number_is_refused(text: str) -
 def test_a_negative_target_is_out_of_range_not_unreadable() -> None:
     with pytest.raises(TargetError, match="macs=-1 is out of range"):
         parse_targets("macs=-1")
+
+
+def test_masked_weights_stay_zero_through_recovery_and_right_after_the_cut() -> None:
+    class Masking(PruningMethod):
+        def phases(self) -> list[Phase]:
+            return [Phase("mask")]
+
+        def finish(self, context: MethodContext) -> Outcome:
+            weight = context.model.get_parameter("inside.0.weight")
+            mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+            return Outcome(
+                plan_from_channels(context.groups, {"stem.0": [1, 4]}), weight_masks={"inside.0.weight": mask}
+            )
+
+    spec = MethodSpec(
+        "masking", "x", "none", NoOptions, lambda _: Masking(), products=frozenset({"plan", "weight_masks"})
+    )
+    bench = Bench.of(spec, {})
+
+    result = prune(
+        bench.model, bench.example, method=spec, target="macs=0.99", train_batches=bench.batches, recover_epochs=2
+    )
+
+    mask = result.outcome.weight_masks["inside.0.weight"]
+    assert (16, 10, 3, 3) == mask.shape
+    for model in (result.removed_only, result.model):
+        weight = model.get_parameter("inside.0.weight")
+        assert 0 == weight[~mask].abs().max() < weight[mask].abs().min()
+    assert not torch.equal(result.removed_only.get_parameter("inside.0.weight"), weight)

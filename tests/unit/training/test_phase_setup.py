@@ -24,7 +24,7 @@ def test_a_look_at_the_data_beside_the_loop_leaves_persistent_workers_alone() ->
     loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True, multiprocessing_context="fork")
     run = MethodRun(model=small_net(), batches_=loader)
 
-    seen = [len(run.batches(2)) for _ in loader]
+    seen = [len(run.batches(2)) for _, _ in zip(range(9), loader)]  # at most: a broken one never ends
 
     assert [2, 2, 2] == seen
 
