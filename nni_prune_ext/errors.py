@@ -8,6 +8,7 @@ CertificateError, ParityError, TrainingError).
     ├── UnknownPluginError   a pruner, scheduler or runtime name that nobody registered
     ├── PluginError          a registered plugin that does not load or breaks its contract
     ├── ConfigError          an option out of range
+    │   └── ConfigListError  an entry of an NNI config_list that NNI would accept in silence; also a ValueError
     ├── ModelError           a model that cannot be built, or example inputs that do not fit
     ├── WeightsError         a weights file that is missing, unsafe or of another model
     ├── DataError            a data source that cannot be opened
@@ -42,6 +43,10 @@ class PluginError(NniPruneExtError):
 
 class ConfigError(NniPruneExtError):
     """An option has a value outside its range."""
+
+
+class ConfigListError(ConfigError, ValueError):
+    """An entry of an NNI config_list selects nothing, contradicts itself or is out of range."""
 
 
 class ModelError(NniPruneExtError):

@@ -143,6 +143,26 @@ def silence_channels(
     return result
 
 
+def take_over(model: nn.Module, compact: nn.Module) -> None:
+    """Makes a model the compact one, in place: the objects of its modules stay, their contents are the compact model's.
+
+    For hosts that hold on to modules or change models in place. Parameters are those of ``compact``, new objects; an
+    optimizer over the old ones follows with :func:`remap_optimizer`, called before.
+    """
+    own = dict(model.named_modules(remove_duplicate=False))
+    for name, source in compact.named_modules(remove_duplicate=False):
+        target = own.get(name)
+        if target is None or type(target) is not type(source):
+            continue  # a layer that a rewrite has put in: taken over with its parent below
+        children = {
+            child: own[place]
+            if module is not None and type(own.get(place := f"{name}.{child}".lstrip("."))) is type(module)
+            else module
+            for child, module in source._modules.items()
+        }
+        target.__dict__ = {**vars(source), "_modules": children}
+
+
 def remap_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, removal: Removal) -> None:
     """Moves an optimizer from the original model's parameters to the compact one's, state sliced alike.
 

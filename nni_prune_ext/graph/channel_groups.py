@@ -133,6 +133,18 @@ class ChannelGroups:
             f"{[g.name for g in self.groups[:3]]}. Run `nni-prune-ext plan` to list all groups and protected layers."
         )
 
+    def holding(self, tensor: str, dim: int) -> tuple[tuple[ChannelGroup, GroupMember], ...]:
+        """Returns the prunable groups with channels along one dimension of a tensor, each with its member there.
+
+        Positions of the dimension that no member covers are protected, or hold no channels.
+        """
+        return tuple(
+            (group, member)
+            for group in self.groups
+            for member in group.members
+            if (member.tensor, member.dim) == (tensor, dim)
+        )
+
     @property
     def num_channels(self) -> int:
         """Counts the prunable channels of all groups."""

@@ -179,6 +179,9 @@ class MethodSpec:
         own_optimizers: whether some phase makes optimizers of its own.
         changes_structure: whether channels may be cut before the end, with some options.
         products: what ``Outcome`` holds.
+        scores: importance of every channel of every group, higher = keep, where the method is a criterion. Hosts with
+            a schedule of their own (NNI's pruners, torch-pruning's ``BasePruner``) call it as often as they like. It
+            looks at ``model``, ``groups``, ``seed``, ``batches`` and ``task_loss`` of the context, and changes nothing.
         build_gated: builds the gated network around a compact model with the same configuration and example inputs; its
             weights are then loaded from the artefact. Needed where ``products`` names a gated model.
         demo_options: configuration for a run of about ten seconds on a small network.
@@ -193,5 +196,6 @@ class MethodSpec:
     own_optimizers: bool = False
     changes_structure: bool = False
     products: frozenset[Product] = frozenset({"plan"})
+    scores: Callable[[MethodContext, Any], Mapping[str, Tensor]] | None = None
     build_gated: Callable[[nn.Module, Any, ExampleInputs], nn.Module] | None = None
     demo_options: Mapping[str, object] = field(default_factory=dict)

@@ -171,6 +171,7 @@ def _baseline(name: str, summary: str, reference: str, rule: Callable[[MethodCon
         BaselineOptions,
         lambda options: CriterionPruning(options, rule),
         changes_structure=True,
+        scores=lambda context, options: rule(context),
     )
 
 
@@ -195,4 +196,5 @@ TAYLOR = MethodSpec(
     lambda options: CriterionPruning(options, partial(taylor_criterion, options)),
     needs_data=True,
     changes_structure=True,
+    scores=lambda context, options: taylor_criterion(options, context),
 )

@@ -155,8 +155,29 @@ def _guarded_epoch(stretch: _Stretch, epoch: int) -> EpochLog:
 
 def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
     run, phase = stretch.run, stretch.phase
-    began, losses, seen = time.perf_counter(), list[Tensor](), 0
-    told = began
+    began = time.perf_counter()
+    losses = _steps(stretch, epoch) if run.host_epoch is None else run.host_epoch(stretch.method)
+    mean = _mean_loss(losses, run.model)
+    if not math.isfinite(mean):
+        raise _no_number(stretch, epoch, None, mean)
+    average_statistics(run.model)
+    share_random_states()
+    _check_weights(stretch, epoch)
+    run.progress = (stretch.before + epoch + 1) / stretch.total
+    run.metric = _metric(run)
+    stretch.method.after_epoch(run, phase, epoch)
+    rate = float(run.optimizers[0].param_groups[-1]["lr"]) if run.optimizers else 0.0  # the common group is the last
+    return EpochLog(phase.name, epoch, mean, rate, time.perf_counter() - began, run.metric)
+
+
+def _steps(stretch: _Stretch, epoch: int) -> list[Tensor]:
+    """Runs the steps of one epoch; returns this process's losses.
+
+    Raises:
+        ConfigError: there was no batch.
+    """
+    run, phase = stretch.run, stretch.phase
+    told, losses, seen = time.perf_counter(), list[Tensor](), 0
     _announce_epoch(run.batches_, stretch.before + epoch)
     steps = _length(run.batches_)
     for number, (own, count) in enumerate(_dealt(stretch, epoch)):
@@ -182,17 +203,7 @@ def _epoch(stretch: _Stretch, epoch: int) -> EpochLog:
             )
     if not seen:
         raise ConfigError(NO_BATCH)
-    mean = _mean_loss(losses, run.model)
-    if not math.isfinite(mean):
-        raise _no_number(stretch, epoch, None, mean)
-    average_statistics(run.model)
-    share_random_states()
-    _check_weights(stretch, epoch)
-    run.progress = (stretch.before + epoch + 1) / stretch.total
-    run.metric = _metric(run)
-    stretch.method.after_epoch(run, phase, epoch)
-    rate = float(run.optimizers[0].param_groups[-1]["lr"]) if run.optimizers else 0.0  # the common group is the last
-    return EpochLog(phase.name, epoch, mean, rate, time.perf_counter() - began, run.metric)
+    return losses
 
 
 def _dealt(stretch: _Stretch, epoch: int) -> Iterator[tuple[list[Batch], int]]:

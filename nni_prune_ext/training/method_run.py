@@ -67,6 +67,8 @@ class MethodRun:
         metric: the last validation metric.
         stop: set by the method of plain training to end its phase early.
         attached: the phase whose hooks are on the model.
+        host_epoch: trains one epoch in the place of the loop's own steps and returns the losses: for hosts that keep
+            data and default optimizer to themselves. It calls the method's hooks around every step.
     """
 
     model: nn.Module
@@ -92,6 +94,7 @@ class MethodRun:
     attached: Phase | None = None
     default_optimizer: Optimizer | None = None
     optimizers: list[Optimizer] = field(default_factory=list)
+    host_epoch: Callable[[PruningMethod], list[Tensor]] | None = None
     _leaving: ExitStack = field(default_factory=ExitStack)
     _costs: CostModel | None = None
     _reference: Reference | None = None
@@ -163,6 +166,11 @@ class MethodRun:
             if id(tensor) in names
         }
         self.model.load_state_dict(slice_state(state, kept))
+
+    @property
+    def kept(self) -> Kept:
+        """Returns tensor name → dimension → indices, in the first model, that the current one still has."""
+        return self._kept
 
     def log(self, values: Mapping[str, float]) -> None:
         """Keeps numbers, with the progress at which they arose."""

@@ -19,8 +19,14 @@ _WARMUP_START = 0.01
 
 
 def make_optimizers(run: MethodRun, phase: Phase) -> None:
-    """Makes the method's optimizers, and the loop's own over all trainable parameters that none of them holds."""
+    """Makes the method's optimizers, and the loop's own over all trainable parameters that none of them holds.
+
+    A host that trains has a default optimizer of its own.
+    """
     own = [] if phase.optimizers is None else list(phase.optimizers(run))
+    if run.host_epoch is not None:
+        run.optimizers = own
+        return
     held = {id(p) for optimizer in own for group in optimizer.param_groups for p in group["params"]}
     _check_patterns(run)
     rest = {name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in held}

@@ -1,0 +1,288 @@
+"""The user's training as NNI's evaluator holds it: batches seen on the way, the loss once more on any model, one epoch.
+
+NNI's TorchEvaluator gives no loader and no loss, only a training function that calls a training step. What a step was
+called with is remembered, so that the step can be called again on another model. This file alone looks at private parts
+of NNI's evaluator.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from nni.compression import TorchEvaluator
+from nni.compression.utils.evaluator import Evaluator
+from torch import Tensor, nn
+
+from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.inputs import tensors_in
+from nni_prune_ext.methods.base import PruningMethod
+from nni_prune_ext.training import MethodRun
+
+Step = Callable[..., Any]  # the user's training step: NNI leaves its arguments to the user
+
+
+@dataclass(frozen=True)
+class _ModelPlace:
+    """Stands in remembered arguments where the model was."""
+
+
+@dataclass(frozen=True)
+class _OutputPlace:
+    """Stands in remembered arguments where a tensor of the model's output was."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """One call of the user's training step, ready to be repeated on any model of the same inputs."""
+
+    step: Step
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    model_args: tuple[Any, ...]
+    model_kwargs: Mapping[str, Any]
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Returns the loss of a model on this call's batch."""
+        given = [*self.args, *self.kwargs.values()]
+        outputs = (
+            list(tensors_in(model(*self.model_args, **self.model_kwargs)))
+            if any(isinstance(item, _OutputPlace) for item in given)
+            else []
+        )
+
+        def filled(item: Any) -> Any:
+            if isinstance(item, _ModelPlace):
+                return model
+            return outputs[item.number] if isinstance(item, _OutputPlace) else item
+
+        return loss_of(self.step(*map(filled, self.args), **{key: filled(item) for key, item in self.kwargs.items()}))
+
+
+def loss_of(result: Any) -> Tensor:
+    """Returns the loss in what a training step returned: the tensor, the first of a sequence, or under ``loss``."""
+    if isinstance(result, Mapping):
+        return cast("Tensor", result["loss"])
+    return cast("Tensor", result[0] if isinstance(result, Sequence) else result)
+
+
+class StepRecorder:
+    """Remembers the last calls of the training step of an evaluator that is bound to a model.
+
+    Attributes:
+        calls: the newest ``count`` calls, oldest first.
+        seen: how many there were.
+    """
+
+    def __init__(self, evaluator: TorchEvaluator, count: int) -> None:
+        self.calls: deque[StepCall] = deque(maxlen=max(count, 1))
+        self.seen = 0
+        self._evaluator = evaluator
+        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+        self._outputs: list[Tensor] = []
+        self._within = False
+        self._called_within = False
+        self._handle = evaluator.model.register_forward_hook(self._keep_forward, with_kwargs=True)
+        self._original, evaluator._training_step = evaluator._training_step, self._record
+
+    def stop(self) -> None:
+        """Takes the hook off the model; the evaluator puts its step back when it is unbound."""
+        self._handle.remove()
+        self._outputs = []
+
+    def _keep_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._inputs, self._outputs = (args, kwargs), list(tensors_in(output))
+        self._called_within |= self._within
+
+    def _record(self, *args: Any, **kwargs: Any) -> Any:
+        places = {id(tensor): _OutputPlace(number) for number, tensor in enumerate(self._outputs)}
+        places[id(self._evaluator.model)] = _ModelPlace()  # type: ignore[assignment]
+        kept = tuple(places.get(id(item), item) for item in args)
+        kept_by_key = {key: places.get(id(item), item) for key, item in kwargs.items()}
+        self._within, self._called_within = True, False
+        try:
+            result = self._original(*args, **kwargs)
+        finally:
+            self._within = False
+        repeatable = any(isinstance(item, (_ModelPlace, _OutputPlace)) for item in [*kept, *kept_by_key.values()])
+        if not repeatable:
+            raise ConfigError(
+                "The training_step of the evaluator is called with neither the model nor its output among its "
+                f"arguments ({', '.join(type(item).__name__ for item in args)}), so its loss cannot be computed again. "
+                "Expected training_step(batch, model). Pass the model as an argument."
+            )
+        self.calls.append(StepCall(self._original, kept, kept_by_key, *self._inputs))
+        self.seen += 1
+        return result
+
+
+def torch_evaluator(evaluator: Evaluator | None, needed_for: str) -> TorchEvaluator:
+    """Returns the evaluator if it is one whose steps can be repeated.
+
+    Raises:
+        ConfigError: there is none, or it is of another kind.
+    """
+    if isinstance(evaluator, TorchEvaluator):
+        return evaluator
+    found = "no evaluator" if evaluator is None else f"a {type(evaluator).__name__}"
+    raise ConfigError(
+        f"{needed_for} needs training batches, but has {found}; expected an nni.compression.TorchEvaluator. Pass "
+        "evaluator=TorchEvaluator(training_func, optimizer, training_step)."
+    )
+
+
+@contextmanager
+def bound(evaluator: Evaluator, model: nn.Module, names: Mapping[str, str] | None) -> Iterator[None]:
+    """Binds an evaluator to a model and lets it go again, also when training raises."""
+    evaluator.bind_model(model, None if names is None else dict(names))
+    try:
+        yield
+    finally:
+        evaluator.unbind_model()
+
+
+def collected_calls(evaluator: TorchEvaluator, model: nn.Module, count: int) -> list[StepCall]:
+    """Returns the first calls of the training step on a model that is used up: it is trained on the way.
+
+    Raises:
+        ConfigError: the training function made no step, or its steps cannot be repeated.
+    """
+    with bound(evaluator, model, None):
+        recorder = StepRecorder(evaluator, count)
+        try:
+            evaluator.train(max_steps=count)
+        finally:
+            recorder.stop()
+    if not recorder.seen:
+        raise ConfigError(
+            f"The training_func of the evaluator made no step when asked for max_steps={count}, expected {count}. Make "
+            "it call training_step, and stop after max_steps."
+        )
+    return list(recorder.calls)
+
+
+class EvaluatorTraining:
+    """Trains a method's model with the user's training function, epoch by epoch; the evaluator is bound all the while.
+
+    After a cut the evaluator is bound to the compact model: learning rates go on where they were, momentum begins anew.
+    """
+
+    def __init__(self, evaluator: TorchEvaluator) -> None:
+        self.evaluator = evaluator
+
+    def close(self) -> None:
+        """Lets the evaluator go."""
+        if self.evaluator.model is not None:
+            self.evaluator.unbind_model()
+
+    def epoch(self, run: MethodRun, method: PruningMethod) -> list[Tensor]:
+        """Trains one epoch with the method's hooks around every step; returns the loss of every step."""
+        evaluator, losses = self.evaluator, list[Tensor]()
+        self._bind(run)
+        zero = torch.zeros((), device=next(run.model.parameters()).device, requires_grad=True)
+        original = evaluator._training_step
+
+        def step(*args: Any, **kwargs: Any) -> Tensor:
+            loss = method.compute_loss(run, StepCall(original, args, kwargs, (), {}))
+            losses.append(loss.detach())
+            return loss if loss.requires_grad else loss + 0 * zero  # the user's loop calls backward in any case
+
+        def before() -> None:
+            method.after_backward(run)
+            for optimizer in run.optimizers:
+                optimizer.step()
+
+        def after() -> None:
+            for optimizer in run.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            method.after_step(run)
+
+        evaluator._training_step = step
+        evaluator.patch_optimizer_step([before], [after])
+        try:
+            evaluator.train(max_epochs=1)
+        finally:
+            evaluator.revert_loss()
+            evaluator.revert_optimizer_step()
+        return losses
+
+    def _bind(self, run: MethodRun) -> None:
+        evaluator = self.evaluator
+        if evaluator.model is run.model:
+            return
+        schedules = [] if evaluator.model is None else [s.state_dict() for s in evaluator._lr_schedulers]
+        self.close()
+        evaluator.bind_model(run.model, None)
+        for schedule, state in zip(evaluator._lr_schedulers, schedules):
+            schedule.load_state_dict(state)
+            for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr()):
+                group["lr"] = rate
+        held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in evaluator._optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in held]
+
+
+@contextmanager
+def released(evaluator: Evaluator) -> Iterator[None]:
+    """Lets an evaluator go at the end of a ``with`` block: NNI leaves it bound when training raises."""
+    try:
+        yield
+    finally:
+        if getattr(evaluator, "model", None) is not None:
+            evaluator.unbind_model()
+
+
+def untrained(evaluator: Evaluator, model: nn.Module) -> list[str]:
+    """Returns the trainable parameters that no optimizer of an initialised evaluator holds."""
+    if not isinstance(evaluator, TorchEvaluator) or not evaluator._initialization_complete:
+        return []
+    held: set[str] = set()
+    for helper in evaluator._optimizer_helpers:
+        groups = helper.kwargs["params"] if "params" in helper.kwargs else helper.args[0]
+        held |= {name for group in groups for name in group["params"]}
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in held]
+
+
+def adopt_parameters(evaluator: Evaluator, model: nn.Module) -> None:
+    """Makes a model that was wrapped and unwrapped hold again the parameters that the user's optimizers hold.
+
+    NNI replaces parameters by copies when a pruner unwraps a model; an evaluator that was not initialised before then
+    finds none of them in its optimizers and trains nothing. A copy is known by its shape and its equal values.
+
+    Raises:
+        ConfigError: a parameter of an optimizer is not the model's.
+    """
+    if evaluator._initialization_complete or not isinstance(evaluator, TorchEvaluator):
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    given = [p for optimizer in evaluator._tmp_optimizers for group in optimizer.param_groups for p in group["params"]]
+    lost = [parameter for parameter in given if id(parameter) not in own]
+    known = {id(parameter) for parameter in given}
+    places = [
+        (module, key)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) not in known
+    ]
+    for parameter in lost:
+        fitting = (n for n, (module, key) in enumerate(places) if _equal(parameter, module._parameters[key]))
+        number = next(fitting, None)
+        if number is None:
+            raise ConfigError(
+                f"The optimizer of the evaluator holds a parameter of shape {tuple(parameter.shape)} that "
+                f"{type(model).__name__} does not have, expected the parameters of this model. Make the optimizer from "
+                "the model that is pruned, or pass the evaluator to the inner pruner."
+            )
+        module, key = places.pop(number)
+        module._parameters[key] = parameter
+
+
+def _equal(first: Tensor, second: Tensor | None) -> bool:
+    return second is not None and first.shape == second.shape and torch.equal(first.detach(), second.detach())

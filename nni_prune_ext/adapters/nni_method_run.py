@@ -1,0 +1,102 @@
+"""A method's own phases inside an NNI pruner: run on a copy that may be cut, then brought into the wrapped model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from nni.compression import TorchEvaluator
+from torch import nn
+
+from nni_prune_ext.adapters.nni_context import NniRun, plain_names
+from nni_prune_ext.adapters.nni_evaluator import EvaluatorTraining, StepCall, collected_calls
+from nni_prune_ext.adapters.nni_targets import Place
+from nni_prune_ext.graph.channel_groups import ChannelGroups
+from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.methods.base import Outcome, PruningMethod
+from nni_prune_ext.training import drive
+
+_logger = logging.getLogger(__name__)
+Masks = dict[str, dict[str, Any]]  # a mask, or None where a layer has no such parameter
+
+
+def run_method(method: PruningMethod, run: NniRun, evaluator: TorchEvaluator | None) -> Outcome:
+    """Runs all phases of a method; what it hands over is cut from the run's model."""
+    training = None if evaluator is None else EvaluatorTraining(evaluator)
+    if training is not None:
+
+        def collect(count: int) -> list[StepCall]:
+            training.close()
+            return collected_calls(training.evaluator, copy.deepcopy(run.model), count)
+
+        run.collect = collect
+        run.host_epoch = lambda method: training.epoch(run, method)
+    try:
+        outcome = drive(method, run)
+        if outcome.plan.num_removed:
+            run.apply(outcome.plan)
+        run.leave()
+    finally:
+        if training is not None:
+            training.close()
+    return outcome
+
+
+def not_configured(groups: ChannelGroups, places: Sequence[Place]) -> dict[str, str]:
+    """Returns group → reason for the groups that a config_list does not name in full."""
+    named = {(place.tensor, place.dim) for place in places}
+    reasons = {}
+    for group in groups:
+        writers = group.by_role(Role.WRITER)
+        missing = [m.tensor.removesuffix(".weight") for m in writers if (m.tensor, m.dim) not in named]
+        if missing:
+            reasons[group.name] = f"'{missing[0]}' is not in the config_list"
+        if missing and len(missing) < len(writers):
+            _logger.warning(
+                "'%s' keeps all its channels: '%s' is coupled with it, but not in the config_list.",
+                group.name,
+                missing[0],
+            )
+    return reasons
+
+
+def load_weights(live: nn.Module, run: NniRun) -> None:
+    """Puts trained weights to where they were before channels were cut; what was cut keeps its old weights."""
+    tensors, names = dict(live.named_parameters()) | dict(live.named_buffers()), plain_names(live)
+    with torch.no_grad():
+        for name, value in [*run.model.named_parameters(), *run.model.named_buffers()]:
+            target = tensors[names.get(name, name)]
+            if target.dim():
+                target[_grid(run, name, target.shape)] = value.to(target)
+            else:
+                target.copy_(value)
+
+
+def with_weight_masks(masks: Masks, outcome: Outcome, run: NniRun) -> Masks:
+    """Multiplies the masks of single weights, made for the model that was cut, onto the masks of their targets."""
+    missing = []
+    for name, mask in (outcome.weight_masks or {}).items():
+        module, _, target = name.rpartition(".")
+        current = masks.get(module, {}).get(target)
+        if current is None:
+            missing.append(name)
+            continue
+        whole = current.clone()
+        whole[_grid(run, name, whole.shape)] *= mask.to(whole)
+        masks[module][target] = whole
+    if missing:
+        _logger.warning(
+            "%d tensors have weight masks but are no targets of the config_list, among them '%s'; they stay whole.",
+            len(missing),
+            missing[0],
+        )
+    return masks
+
+
+def _grid(run: NniRun, name: str, shape: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Returns the positions in a tensor of the whole model that the cut one still has."""
+    kept = run.kept.get(name, {})
+    return torch.meshgrid(*(kept.get(dim, torch.arange(size)) for dim, size in enumerate(shape)), indexing="ij")

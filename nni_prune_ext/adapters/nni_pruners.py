@@ -1,0 +1,371 @@
+"""NNI pruners for every registered method: NNI 3.0's class contract around this package's methods.
+
+A method that is a criterion gives NNI its metrics, so that NNI's config_list, schedules and fusion work as with NNI's
+own
+pruners. A method that trains runs its own phases with the user's evaluator, on a copy that may be cut; masks and
+trained
+weights are then put into the user's model. Departures from NNI's pruners:
+
+* channel groups are traced first, and coupled layers share one mask;
+* what NNI accepts in silence (ratios above 1, entries that select nothing, …) is a :class:`ConfigListError`;
+* a pruner in a fusion without a schedule prunes once: at the start, or as soon as it has seen the batches it scores
+  with;
+* data-driven scores are taken at one set of weights, on the batches that the training has just seen;
+* ``sparse_threshold`` is compared with the method's scores, whose mean over a layer is 1 for the weight criteria;
+* an evaluator is let go again when training raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.pruning.tools import active_sparse_targets_filter, fpgm_metrics, generate_sparsity, norm_metrics
+from nni.compression.utils.evaluator import Evaluator
+from torch import Tensor, nn
+
+from nni_prune_ext.adapters.nni_config import Entry, check_config_list
+from nni_prune_ext.adapters.nni_context import NniRun, ScoringContext, plain_copy
+from nni_prune_ext.adapters.nni_evaluator import (
+    StepCall,
+    StepRecorder,
+    collected_calls,
+    released,
+    torch_evaluator,
+)
+from nni_prune_ext.adapters.nni_method_run import load_weights, not_configured, run_method, with_weight_masks
+from nni_prune_ext.adapters.nni_targets import (
+    ChannelTargets,
+    Masks,
+    Place,
+    active_places,
+    inputs_of,
+    short_of_goal,
+    with_caps,
+)
+from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.methods.base import MethodSpec, Outcome
+from nni_prune_ext.pipeline import method_options
+from nni_prune_ext.training.processes import averaged
+
+_logger = logging.getLogger(__name__)
+_BLOCK_METRICS: Mapping[str, Callable[..., Masks]] = {
+    "l1": lambda data, spaces: cast("Masks", norm_metrics(p=1, data=data, target_spaces=spaces)),
+    "l2": lambda data, spaces: cast("Masks", norm_metrics(p=2, data=data, target_spaces=spaces)),
+    "fpgm": lambda data, spaces: cast("Masks", fpgm_metrics(p=2, data=data, target_spaces=spaces)),
+}
+"""The criteria that are defined on any block of weights, not only on channels: NNI's own measure of them."""
+
+
+class MethodPruner(Pruner):  # type: ignore[misc]
+    """Base of the NNI pruners of this package; ``pruner_for`` makes the class of a method.
+
+    Args:
+        model: the model to prune; wrapped in place, as NNI does.
+        config_list: NNI's; every key of NNI 3.0 is honoured.
+        evaluator: needed by methods that train or score with data, and by schedulers around them.
+        method_options: the options of the method, by position in the order in which it declares them.
+        existed_wrappers: for ``from_compressor``.
+        dummy_input: example input; else the evaluator's, else common shapes are tried.
+        seed: of everything random in the method.
+        options: the options of the method, by name.
+
+    Raises:
+        ConfigListError: the config_list is wrong in a way that NNI would accept.
+        ConfigError: an option is unknown or out of range, or the dummy input does not fit.
+    """
+
+    method: ClassVar[MethodSpec]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: Sequence[Entry],
+        evaluator: Evaluator | None = None,
+        *method_options: object,
+        existed_wrappers: Mapping[str, Any] | None = None,
+        dummy_input: object = None,
+        seed: int = 0,
+        **options: object,
+    ) -> None:
+        self.options = _options(type(self), method_options, options)
+        self.seed = seed
+        check_config_list(model, config_list)
+        example = dummy_input if dummy_input is not None else getattr(evaluator, "dummy_input", None)
+        self._skeleton = copy.deepcopy(model)
+        self.channels = ChannelTargets.of(model, None if example is None else inputs_of(example))
+        self.example_inputs = None if example is None else inputs_of(example)
+        self._originals = {
+            (name, target): parameter
+            for name, module in model.named_modules(remove_duplicate=False)
+            for target, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        self.gated_model: nn.Module | None = None
+        self.outcome: Outcome | None = None
+        super().__init__(
+            model, list(config_list), evaluator, None if existed_wrappers is None else dict(existed_wrappers)
+        )
+        self.interval_steps = -1
+        self.total_times: int | str = 1
+        self._calls: list[StepCall] = []
+        self._recorder: StepRecorder | None = None
+        self._fired = False
+        self._refuse_fine_patterns()
+
+    @classmethod
+    def from_compressor(
+        cls,
+        compressor: Compressor,
+        new_config_list: Sequence[Entry],
+        *method_options: object,
+        evaluator: Evaluator | None = None,
+        **options: object,
+    ) -> MethodPruner:
+        """Makes a pruner that takes over another compressor's model, wrappers and evaluator (NNI's class contract)."""
+        names = list(cls.method.options.model_fields)
+        by_name = dict(zip(names, method_options))
+        return cast(
+            "MethodPruner",
+            super().from_compressor(compressor, list(new_config_list), evaluator=evaluator, **by_name, **options),
+        )
+
+    def compress(
+        self, max_steps: int | None = None, max_epochs: int | None = None
+    ) -> tuple[nn.Module, dict[str, dict[str, Tensor | None]]]:
+        """Prunes; returns the same model, wrapped and masked, and its masks (NNI's class contract).
+
+        Args:
+            max_steps: training steps, in a fusion or under a schedule only.
+            max_epochs: the same in epochs.
+
+        Raises:
+            ConfigError: a length was given although the method decides its own, or an evaluator is missing.
+        """
+        return cast("tuple[nn.Module, dict[str, dict[str, Tensor | None]]]", super().compress(max_steps, max_epochs))
+
+    def unwrap_model(self) -> None:
+        """Takes the wrappers off. Unlike NNI's, the parameters are the objects that they were before wrapping.
+
+        An optimizer that was made before is still about them.
+        """
+        super().unwrap_model()
+        for module_name, own in self._target_spaces.items():
+            module = self._module_wrappers[module_name].module
+            for target in own:
+                current, original = module._parameters.get(target), self._originals.get((module_name, target))
+                if current is not None and original is not None:
+                    original.data = current.data
+                    original.requires_grad_(current.requires_grad)
+                    module._parameters[target] = original
+
+    def plan(self) -> Any:
+        """Returns the :class:`~nni_prune_ext.plan.PruningPlan` of the current masks, where coupled layers agree."""
+        return self.channels.plan(self._places(), self.get_masks())
+
+    def _places(self) -> list[Place]:
+        return list(active_places(self._target_spaces))
+
+    def _refuse_fine_patterns(self) -> None:
+        for place in self._places():
+            if place.dim is None and self.method.name not in _BLOCK_METRICS:
+                raise ConfigError(
+                    f"The granularity {place.space.granularity!r} of '{place.target}' in '{place.module}' is finer "
+                    "than "
+                    f"channels, but the method '{self.method.name}' scores channels. Expected 'out_channel' or "
+                    "'in_channel'; or use LevelPruner, L1NormPruner, L2NormPruner or FPGMPruner."
+                )
+
+    # NNI's three steps: data, metrics, masks
+
+    def _collect_data(self) -> Masks:
+        return cast("Masks", active_sparse_targets_filter(self._target_spaces))
+
+    def _calculate_metrics(self, data: Masks) -> Masks:
+        places = self._places()
+        groups = self.channels.scored_groups(places)
+        masks = self.get_masks() if self.method.needs_data else None
+        model = plain_copy(self._skeleton, self.bound_model, masks)
+        context = ScoringContext(model, groups, tuple(self._calls), self.seed)
+        scores = averaged(dict(self._scores()(cast("Any", context), self.options)))
+        metrics = self.channels.metrics(places, scores)
+        blocks = {(p.module, p.target) for p in places if p.dim is None}
+        if blocks:
+            chosen = {m: {t: v for t, v in own.items() if (m, t) in blocks} for m, own in data.items()}
+            for module, own in _BLOCK_METRICS[self.method.name](chosen, self._target_spaces).items():
+                metrics.setdefault(module, {}).update(own)
+        return with_caps(places, metrics)
+
+    def _generate_sparsity(self, metrics: Masks) -> Masks:
+        places = self._places()
+        masks = generate_sparsity(metrics, self._target_spaces)
+        closed = self.channels.closed(places, masks)
+        for place in places:
+            masks[place.module][place.target] = closed[place.module][place.target]
+        return cast("Masks", masks)
+
+    def _scores(self) -> Callable[[Any, Any], Mapping[str, Tensor]]:
+        if self.method.scores is None:
+            raise ConfigError(
+                f"The method '{self.method.name}' decides in phases of its own and gives no scores, so an outer "
+                "schedule "
+                "or fusion cannot drive it. Expected a criterion, such as l1 or taylor; use the method alone: "
+                f"{type(self).__name__}(model, config_list, evaluator).compress()."
+            )
+        return self.method.scores
+
+    # alone
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is not None or max_epochs is not None:
+            raise ConfigError(
+                f"{type(self).__name__}.compress was called with max_steps={max_steps} and max_epochs={max_epochs}, "
+                "expected neither: alone, the method decides how long it trains (its options say). For training in "
+                "between put a scheduler around it, such as AGPPruner."
+            )
+        built = self.method.build(self.options)
+        phases = list(built.phases())
+        if self.method.scores is not None and len(phases) == 1 and not phases[0].epochs:
+            if self.method.needs_data:
+                self._calls = self._collected(self._batches_to_score())
+            self.update_masks(self.generate_masks())
+        else:
+            self._run_method(sum(phase.epochs for phase in phases) > 0)
+        self._tell_about_masks()
+
+    def _batches_to_score(self) -> int:
+        return int(getattr(self.options, "batches", 1))
+
+    def _collected(self, count: int) -> list[StepCall]:
+        """Returns batches of the user's training function, which trains a copy that is thrown away."""
+        evaluator = torch_evaluator(self.evaluator, f"The method '{self.method.name}'")
+        copied = plain_copy(self._skeleton, self.bound_model, None)
+        calls = collected_calls(evaluator, copied, count)
+        if len(calls) < count:
+            _logger.warning(
+                "%s scores with %d batches, but the training_func stopped after %d steps; it scores with these.",
+                type(self).__name__,
+                count,
+                len(calls),
+            )
+        return calls
+
+    def _run_method(self, trains: bool) -> None:
+        """Runs the phases of a method on a copy, then puts its weights and masks into the user's model."""
+        example = self.example_inputs
+        if not self.channels.traced or example is None:
+            raise ConfigError(
+                f"The method '{self.method.name}' prunes channel groups and must run the model, but there is no "
+                "example "
+                "input. Pass dummy_input=, here or to the evaluator."
+            )
+        evaluator = None
+        if trains or self.method.needs_data:
+            evaluator = torch_evaluator(self.evaluator, f"The method '{self.method.name}'")
+        whole = self.channels.groups.protecting(not_configured(self.channels.groups, self._places()))
+        run = NniRun(
+            model=plain_copy(self._skeleton, self.bound_model, None),
+            groups=whole,
+            example_inputs=example,
+            seed=self.seed,
+            targets_of=self.channels,
+            spaces=self._target_spaces,
+            whole=whole,
+        )
+        self.outcome = run_method(self.method.build(self.options), run, evaluator)
+        self.gated_model = self.outcome.gated_model
+        load_weights(self.bound_model, run)
+        masks = self.get_masks()
+        if run.applied is not None:
+            masks |= self.channels.masks_of(run.applied, self._target_spaces)
+        self.update_masks(with_weight_masks(masks, self.outcome, run))
+
+    # in a fusion, or under a schedule
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        self._scores()
+        self._fired, self._steps = False, 0
+        self._due = self.interval_steps if self.interval_steps > 0 else self._batches_to_score()
+        self._remaining = self.total_times if self.interval_steps > 0 else 1
+        if self.method.needs_data:
+            torch_evaluator(evaluator, f"The method '{self.method.name}'")
+            self._recorder = StepRecorder(evaluator, self._batches_to_score())
+        elif self.interval_steps <= 0:
+            self._fire()
+        evaluator.patch_optimizer_step(before_step_tasks=[], after_step_tasks=[self._after_step])
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self._steps == self._due and self._remaining != 0:
+            self._fire()
+            if self._remaining != 0:
+                self._steps = 0
+
+    def _fire(self) -> None:
+        if self._recorder is not None:
+            self._calls = list(self._recorder.calls)
+        self.update_masks(self.generate_masks())
+        self._fired = True
+        if isinstance(self._remaining, int):
+            self._remaining -= 1
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        try:
+            if not self._fired:
+                _logger.warning(
+                    "%s was to prune after %d training steps, but training stopped after %d; it prunes now.",
+                    type(self).__name__,
+                    self._due,
+                    self._steps,
+                )
+                self._fire()
+        finally:
+            if self._recorder is not None:
+                self._recorder.stop()
+                self._recorder = None
+        self._tell_about_masks()
+
+    def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if self.evaluator is None or (max_steps is None and max_epochs is None):
+            raise ConfigError(
+                f"{type(self).__name__} is fused with {len(self.fused_compressors) - 1} other compressors and must "
+                "train, "
+                f"but has max_steps={max_steps}, max_epochs={max_epochs} and "
+                f"{'no evaluator' if self.evaluator is None else 'an evaluator'}. Expected an evaluator, and one of "
+                "the two."
+            )
+        with released(self.evaluator):
+            super()._fusion_compress(max_steps, max_epochs)
+
+    def _tell_about_masks(self) -> None:
+        """Warns, with names and numbers, about targets that miss their ratio and masks that a speedup cannot follow."""
+        places, masks = self._places(), self.get_masks()
+        short = short_of_goal(places, masks)
+        if short:
+            _logger.warning(
+                "%s: %d targets are masked less than asked: %s.", type(self).__name__, len(short), "; ".join(short[:5])
+            )
+        torn = self.channels.torn(places, masks)
+        if torn:
+            _logger.warning(
+                "%s: the masks of %d coupled groups cannot be followed by a speedup, which keeps those channels: %s.",
+                type(self).__name__,
+                len(torn),
+                "; ".join(torn[:5]),
+            )
+
+
+def _options(cls: type[MethodPruner], by_position: Sequence[object], by_name: Mapping[str, object]) -> Any:
+    names = list(cls.method.options.model_fields)
+    if len(by_position) > len(names):
+        raise ConfigError(
+            f"{cls.__name__} was given {len(by_position)} arguments after evaluator, expected at most {len(names)}: "
+            f"{', '.join(names) or 'none'}. Pass existed_wrappers and dummy_input by name."
+        )
+    twice = [name for name in names[: len(by_position)] if name in by_name]
+    if twice:
+        raise ConfigError(f"{cls.__name__} was given '{twice[0]}' twice, by position and by name. Expected it once.")
+    return method_options(cls.method, {**dict(zip(names, by_position)), **by_name})

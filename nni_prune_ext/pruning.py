@@ -1,0 +1,54 @@
+"""NNI pruners and schedulers, where NNI has them: change ``nni.compression.pruning`` to ``nni_prune_ext.pruning``.
+
+Every registered method is a pruner and every registered scheduler a scheduled pruner; those of other packages are made
+by
+``pruner_for`` and ``scheduled_pruner_for``. LevelPruner, SlimPruner and MovementPruner are NNI's own classes.
+See docs/how-to/migrate_from_nni.md.
+"""
+
+from __future__ import annotations
+
+from nni_prune_ext.adapters.nni_named_pruners import (
+    LevelPruner,
+    MovementPruner,
+    SlimPruner,
+    TaylorPruner,
+    pruner_for,
+)
+from nni_prune_ext.adapters.nni_pruners import MethodPruner
+from nni_prune_ext.adapters.nni_schedulers import SchedulerPruner, scheduled_pruner_for
+
+L1NormPruner = pruner_for("l1")
+L2NormPruner = pruner_for("l2")
+FPGMPruner = pruner_for("fpgm")
+RandomPruner = pruner_for("random")
+
+LinearPruner = scheduled_pruner_for("linear")
+AGPPruner = scheduled_pruner_for("agp")
+CosinePruner = scheduled_pruner_for("cosine")
+ASFPPruner = scheduled_pruner_for("asfp")
+OneShotPruner = scheduled_pruner_for("one_shot")
+UniformRatioPruner = scheduled_pruner_for("uniform_ratio")
+ReplacePruner = scheduled_pruner_for("replace")
+
+__all__ = [
+    "AGPPruner",
+    "ASFPPruner",
+    "CosinePruner",
+    "FPGMPruner",
+    "L1NormPruner",
+    "L2NormPruner",
+    "LevelPruner",
+    "LinearPruner",
+    "MethodPruner",
+    "MovementPruner",
+    "OneShotPruner",
+    "RandomPruner",
+    "ReplacePruner",
+    "SchedulerPruner",
+    "SlimPruner",
+    "TaylorPruner",
+    "UniformRatioPruner",
+    "pruner_for",
+    "scheduled_pruner_for",
+]
