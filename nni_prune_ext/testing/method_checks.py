@@ -51,6 +51,7 @@ def check_method(spec: MethodSpec, *, options: Mapping[str, object] | None = Non
     bench = Bench.of(spec, spec.demo_options if options is None else options)
     _check_phases(bench)
     _check_need_for_data(bench)
+    _check_scores(bench)
     result = _check_user_model_is_unchanged(bench)
     _check_result(bench, result)
     _check_same_seed_same_result(bench, result)
@@ -108,6 +109,35 @@ def _check_need_for_data(bench: Bench) -> None:
     except ConfigError:
         return
     raise AssertionError("A method that needs data is refused without it.")
+
+
+def _check_scores(bench: Bench) -> None:
+    """Checks the scores that hosts with a schedule of their own ask for."""
+    scores = bench.spec.scores
+    if scores is None:
+        return
+    run = bench.run()
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    modes, random_state = modes_of(run.model), torch.get_rng_state()
+    first, second = (scores(run, bench.configured()) for _ in range(2))
+    _require(set(first) == {g.name for g in run.groups}, "Scores are given for every group and no other.")
+    for group in run.groups:
+        own = first[group.name]
+        _require(
+            isinstance(own, Tensor) and tuple(own.shape) == (group.num_channels,),
+            f"The scores of '{group.name}' are a tensor of shape ({group.num_channels},), not {_shape(own)}.",
+        )
+        _require(bool((~own.isnan()).all()), f"The scores of '{group.name}' are numbers.")
+        _require(torch.equal(own, second[group.name]), "Scores of the same weights are the same.")
+    now = run.model.state_dict()
+    _require(all(torch.equal(weights[name], now[name]) for name in weights), "Scoring leaves the weights unchanged.")
+    _require(modes == modes_of(run.model), "Scoring leaves modes and requires_grad unchanged.")
+    _require(not traces_on(run.model), f"Scoring leaves the model clean, but there is {_first(traces_on(run.model))}.")
+    _require(torch.equal(random_state, torch.get_rng_state()), "Scoring leaves the random state unchanged.")
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_user_model_is_unchanged(bench: Bench) -> PruneResult:

@@ -496,3 +496,61 @@ def test_a_runtime_that_breaks_a_promise_is_caught(runtime: Runtime, promise: st
         check_runtime(runtime, tiny)
 
     torch.set_num_threads(threads)
+
+
+def _even(context: MethodContext, options: object) -> dict[str, Tensor]:
+    return {group.name: torch.ones(group.num_channels) for group in context.groups}
+
+
+def _one_group_missing(context: MethodContext, options: object) -> dict[str, Tensor]:
+    return dict(list(_even(context, options).items())[1:])
+
+
+def _one_score_missing(context: MethodContext, options: object) -> dict[str, Tensor]:
+    return {name: scores[1:] for name, scores in _even(context, options).items()}
+
+
+def _no_numbers(context: MethodContext, options: object) -> dict[str, Tensor]:
+    return {name: scores * torch.nan for name, scores in _even(context, options).items()}
+
+
+def _drawn_anew(context: MethodContext, options: object) -> dict[str, Tensor]:
+    return {group.name: torch.rand(group.num_channels) for group in context.groups}
+
+
+def _changes_weights(context: MethodContext, options: object) -> dict[str, Tensor]:
+    with torch.no_grad():
+        next(context.model.parameters()).mul_(2)
+    return _even(context, options)
+
+
+def _leaves_eval(context: MethodContext, options: object) -> dict[str, Tensor]:
+    context.model.train(not context.model.training)
+    next(context.model.parameters()).requires_grad_(False)
+    return _even(context, options)
+
+
+def _leaves_gradients(context: MethodContext, options: object) -> dict[str, Tensor]:
+    context.task_loss(context.batches(1)[0]).backward()
+    return _even(context, options)
+
+
+@pytest.mark.parametrize(
+    ("scores", "promise"),
+    [
+        (_one_group_missing, "every group and no other"),
+        (_one_score_missing, r"a tensor of shape \(\d+,\), not"),
+        (_no_numbers, "are numbers"),
+        (_drawn_anew, "are the same"),
+        (_changes_weights, "weights unchanged"),
+        (_leaves_eval, "modes and requires_grad unchanged"),
+        (_leaves_gradients, "Scoring leaves the model clean|weights unchanged"),
+    ],
+)
+def test_broken_scores_are_caught(scores: Callable[..., dict[str, Tensor]], promise: str) -> None:
+    with pytest.raises(AssertionError, match=promise):
+        check_method(replace(HONEST, scores=scores))
+
+
+def test_honest_scores_pass() -> None:
+    check_method(replace(HONEST, scores=_even))

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from nni_prune_ext.graph.channel_groups import trace_channel_groups
+from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.plan import plan_from_channels
-from nni_prune_ext.surgery import Removal, cut_channels, remap_optimizer, silence_channels, slice_state
+from nni_prune_ext.surgery import Removal, cut_channels, remap_optimizer, silence_channels, slice_state, take_over
 from nni_prune_ext.testing.toy_models import ZOO
 
 
@@ -169,3 +170,35 @@ def test_a_copy_of_a_silenced_model_uses_its_own_weights() -> None:
 
     assert torch.equal(expected, duplicate(inputs))
     assert not torch.equal(expected, silenced(inputs))
+
+
+def test_a_model_that_takes_over_the_compact_one_keeps_the_objects_of_its_modules() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 4, 1)))
+    x = torch.randn(2, 3, 8, 8)
+    groups = trace_channel_groups(model, x)
+    plan = plan_from_channels(groups, {"0": [1, 5]})
+    compact = cut_channels(model, plan, x, groups=groups).model
+    expected, modules = compact.eval()(x), dict(model.named_modules())
+
+    take_over(model, compact)
+
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert torch.equal(expected, model(x))
+    assert (6, 6, False) == (model[0].out_channels, model[1].num_features, model.training)
+
+
+def test_a_layer_that_a_rewrite_has_put_in_is_taken_over_with_its_parent() -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet20").eval()
+    x = torch.randn(2, 3, 32, 32)
+    groups = trace_channel_groups(model, x)
+    assert groups.rewrites
+    plan = plan_from_channels(groups, {next(iter(groups)).name: [0, 3]})
+    compact = cut_channels(model, plan, x, groups=groups).model
+    stem = model.conv1
+
+    take_over(model, compact)
+
+    assert model.conv1 is stem
+    assert torch.equal(compact(x), model(x))
