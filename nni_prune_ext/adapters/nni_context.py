@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from nni.compression.base.compressor import Pruner
 from nni.compression.pruning.tools import generate_sparsity
 from torch import Tensor, nn
 
@@ -179,6 +180,35 @@ def reached_ratios(places: Sequence[Place], units: Mapping[str, str]) -> dict[st
         units[place.tensor]: 0.0 if place.space.mask is None else masked_share(place.space.mask)
         for place in reversed(list(places))
     }
+
+
+Parameters = dict[tuple[str, str], nn.Parameter]
+"""Module and parameter name → the parameter."""
+
+
+def parameters_of(model: nn.Module) -> Parameters:
+    """Returns the parameters of a model that is not wrapped."""
+    return {
+        (name, target): parameter
+        for name, module in model.named_modules(remove_duplicate=False)
+        for target, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def put_back(originals: Parameters, pruner: Pruner) -> None:
+    """Gives a model that NNI has just unwrapped its own parameters back, with the values that it has now.
+
+    NNI registers copies, so that an optimizer made before would train what nobody uses.
+    """
+    for name, own in pruner._target_spaces.items():
+        module = pruner._module_wrappers[name].module
+        for target in own:
+            current, original = module._parameters.get(target), originals.get((name, target))
+            if current is not None and original is not None:
+                original.data = current.data
+                original.requires_grad_(current.requires_grad)
+                module._parameters[target] = original
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:

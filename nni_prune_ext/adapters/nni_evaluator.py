@@ -240,14 +240,15 @@ def released(evaluator: Evaluator) -> Iterator[None]:
 
 
 def untrained(evaluator: Evaluator, model: nn.Module) -> list[str]:
-    """Returns the trainable parameters that no optimizer of an initialised evaluator holds."""
+    """Returns the trainable parameters, by their names before wrapping, that no optimizer of the evaluator holds."""
     if not isinstance(evaluator, TorchEvaluator) or not evaluator._initialization_complete:
         return []
     held: set[str] = set()
     for helper in evaluator._optimizer_helpers:
         groups = helper.kwargs["params"] if "params" in helper.kwargs else helper.args[0]
         held |= {name for group in groups for name in group["params"]}
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in held]
+    plain = {name.replace("_nni_wrapper.", ""): p for name, p in model.named_parameters()}
+    return [name for name, parameter in plain.items() if parameter.requires_grad and name not in held]
 
 
 def adopt_parameters(evaluator: Evaluator, model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
 
 from nni_prune_ext.adapters.nni_config import Entry, check_config_list
-from nni_prune_ext.adapters.nni_context import NniRun, ScoringContext, plain_copy
+from nni_prune_ext.adapters.nni_context import NniRun, ScoringContext, parameters_of, plain_copy, put_back
 from nni_prune_ext.adapters.nni_evaluator import (
     StepCall,
     StepRecorder,
@@ -98,12 +98,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         self._skeleton = copy.deepcopy(model)
         self.channels = ChannelTargets.of(model, None if example is None else inputs_of(example))
         self.example_inputs = None if example is None else inputs_of(example)
-        self._originals = {
-            (name, target): parameter
-            for name, module in model.named_modules(remove_duplicate=False)
-            for target, parameter in module._parameters.items()
-            if parameter is not None
-        }
+        self._originals = parameters_of(model)
         self.gated_model: nn.Module | None = None
         self.outcome: Outcome | None = None
         super().__init__(
@@ -153,14 +148,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         An optimizer that was made before is still about them.
         """
         super().unwrap_model()
-        for module_name, own in self._target_spaces.items():
-            module = self._module_wrappers[module_name].module
-            for target in own:
-                current, original = module._parameters.get(target), self._originals.get((module_name, target))
-                if current is not None and original is not None:
-                    original.data = current.data
-                    original.requires_grad_(current.requires_grad)
-                    module._parameters[target] = original
+        put_back(self._originals, self)
 
     def plan(self) -> Any:
         """Returns the :class:`~nni_prune_ext.plan.PruningPlan` of the current masks, where coupled layers agree."""

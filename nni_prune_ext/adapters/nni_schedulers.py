@@ -20,7 +20,7 @@ from nni.compression.pruning.scheduled_pruner import ScheduledPruner as NniSched
 from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
 
-from nni_prune_ext.adapters.nni_context import plain_names, policy_goals, reached_ratios
+from nni_prune_ext.adapters.nni_context import parameters_of, plain_names, policy_goals, put_back, reached_ratios
 from nni_prune_ext.adapters.nni_evaluator import adopt_parameters, released, untrained
 from nni_prune_ext.adapters.nni_named_pruners import class_name
 from nni_prune_ext.adapters.nni_pruners import MethodPruner
@@ -73,6 +73,7 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
                 "Pass evaluator=, here or to the inner pruner."
             )
         adopt_parameters(evaluator, pruner.bound_model)
+        self._originals = parameters_of(pruner.bound_model)
         super().__init__(pruner.bound_model, [], evaluator, pruner._module_wrappers)
         self._warn_of_untrained(evaluator)
         self.fused_compressors.extend(pruner.fused_compressors[1:])
@@ -105,6 +106,11 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
                 "make fewer updates."
             )
         return cast("tuple[nn.Module, dict[str, dict[str, Tensor | None]]]", super().compress(max_steps, max_epochs))
+
+    def unwrap_model(self) -> None:
+        """Takes the wrappers off; the parameters are the objects that they were before wrapping."""
+        super().unwrap_model()
+        put_back(self._originals, self)
 
     def update_sparse_goals(self, current_times: int) -> None:
         """Sets the inner pruner's goals for update ``current_times`` of ``total_times``."""
@@ -164,9 +170,7 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
             )
 
     def _warn_of_untrained(self, evaluator: Evaluator) -> None:
-        self.unwrap_model()
         missing = untrained(evaluator, self.bound_model)
-        self.wrap_model()
         if missing:
             _logger.warning(
                 "The optimizers of the evaluator hold %d parameters less than %s trains, among them '%s': these do not "

@@ -415,6 +415,18 @@ def test_a_rule_on_top_of_another_schedule() -> None:
     assert [pytest.approx(0.75 * (1 - (1 - k / 4) ** 3)) for k in range(1, 5)] == goals
 
 
+@pytest.mark.parametrize("inner", ["l1", "nni l1"])
+def test_unwrapped_parameters_are_those_of_the_users_optimizer(inner: str) -> None:
+    model = network()
+    before, given = dict(model.named_parameters()), evaluator(model)
+    pruner = AGPPruner((OURS | NNIS)[inner](model, None), 2, 2, given)  # type: ignore[arg-type]
+    pruner.compress(4, None)
+
+    pruner.unwrap_model()
+
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
 def test_what_is_registered_as_something_else_is_refused(registered: Callable[[str, Any], None]) -> None:
     registered("wrong", object())
 
