@@ -100,7 +100,7 @@ def _conditions(passed: list[str]) -> dict[str, object]:
         "versions": versions,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
-        "OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}",
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}",
     }
 
 

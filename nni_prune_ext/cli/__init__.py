@@ -9,6 +9,7 @@ import typer
 
 from nni_prune_ext import __version__
 from nni_prune_ext.cli.benchmark import benchmark
+from nni_prune_ext.cli.experiment import experiment
 from nni_prune_ext.cli.export import export
 from nni_prune_ext.cli.json_lines import json_line
 from nni_prune_ext.cli.list_plugins import list_plugins
@@ -35,6 +36,7 @@ app.command("list")(list_plugins)
 app.command("plan")(plan)
 app.command("prune")(prune)
 app.command("run")(run)
+app.command("experiment")(experiment)
 app.command("export")(export)
 app.command("benchmark")(benchmark)
 app.command("report")(report)

@@ -1,0 +1,211 @@
+"""One folder holds a whole experiment: what is checked first, what trials get, and what going on later needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nni_prune_ext.adapters import nni_experiment_folder as adapter
+from nni_prune_ext.adapters.nni_experiment import Watched
+from nni_prune_ext.errors import ConfigError, OutputError, RecipeError, RuntimeUnavailableError, TargetError
+from nni_prune_ext.experiments import (
+    ExperimentSettings,
+    check_experiment,
+    read_experiment,
+    run_trials,
+    search_space_for,
+)
+from nni_prune_ext.recipes import load_recipe, recipe_from
+from nni_prune_ext.runtimes.onnxruntime_tensorrt import OnnxRuntimeTensorRT
+
+MODULE = """
+from torch import nn
+from nni_prune_ext.data.sources import open_data
+
+
+def build(num_classes=10, in_channels=1):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+    )
+
+
+def images():
+    return open_data("digits", limit=40)
+"""
+SPACE = search_space_for(["l1", "l2"], ["macs=0.5", "macs=0.7"])
+SETTINGS = ExperimentSettings(port=0)
+
+
+def job(name: str, default: float) -> SimpleNamespace:
+    return SimpleNamespace(
+        trialJobId=name, status="SUCCEEDED", startTime=1, endTime=2, sequenceId=0,
+        hyperParameters=[SimpleNamespace(parameters={"method": {"_name": "l1"}})],
+        finalMetricData=[SimpleNamespace(data={"default": default})],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe that trains a tiny network; the current folder holds its module."""
+    (tmp_path / "tiny_for_experiment.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield recipe_with(train={"epochs": 1})
+    sys.modules.pop("tiny_for_experiment", None)
+
+
+def recipe_with(**more):
+    values = {"model": "tiny_for_experiment:build", "data": "tiny_for_experiment:images", "method": "l1",
+              "target": "macs=0.6", "measure": False}  # fmt: skip
+    return recipe_from({**values, **more})
+
+
+@pytest.fixture
+def nni(monkeypatch):
+    """Stands in for NNI: notes how it was called, and lets one trial succeed."""
+    calls = []
+    seen = Watched(True, (job("A", 0.9),), {})
+
+    def run(config, place, *, tell, started):
+        (place.folder / place.identity / "db").mkdir(parents=True)
+        (place.folder / place.identity / "db" / "nni.sqlite").touch()
+        started(12345)
+        calls.append(("run", config, place))
+        return seen
+
+    def resume(place, **more):
+        calls.append(("resume", place, more))
+        more["started"](23456)
+        return seen
+
+    monkeypatch.setattr(adapter, "run_experiment", run)
+    monkeypatch.setattr(adapter, "resume_experiment", resume)
+    return calls
+
+
+def test_the_dense_network_is_trained_once_for_all_trials(recipe, nni, tmp_path) -> None:
+    result = run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+
+    trials = load_recipe(tmp_path / "out" / "code" / "recipe.yaml", complete=False)
+    assert (None, False) == (trials.train, trials.control)
+    assert (tmp_path / "out" / "code" / "dense.safetensors") == trials.model.weights
+    assert trials.model.weights.read_bytes() == (tmp_path / "out/dense/dense/model.safetensors").read_bytes()
+    assert ("A", True) == (result.best.id, result.done)
+
+
+def test_the_results_can_be_read_again_without_nni(recipe, nni, tmp_path) -> None:
+    result = run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+
+    again = read_experiment(tmp_path / "out")
+    assert (result.trials, result.identity, True) == (again.trials, again.identity, again.done)
+
+
+def test_local_trials_run_where_the_user_is(recipe, nni, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(adapter, "_cores", lambda: 8)
+
+    asked = ExperimentSettings(
+        port=0, trials=3, concurrency=4, runtime="onnxruntime-cpu", cost="params", cost_weight=0.2
+    )
+    run_trials(recipe, SPACE, tmp_path / "out", asked)
+
+    _, config, _ = nni[0]
+    words = config.trial_command.split()
+    assert str(tmp_path) == str(config.trial_code_directory)
+    assert ["--runtime", "onnxruntime-cpu", "--cost", "params", "--cost-weight", "0.2", "--threads", "2"] == words[-8:]
+    assert (3, 4) == (config.max_trial_number, config.trial_concurrency)
+
+
+def test_other_machines_get_a_folder_that_needs_nothing_else(recipe, nni, tmp_path) -> None:
+    file = tmp_path / "remote.yaml"
+    (tmp_path / "key").touch()
+    file.write_text(
+        "trialConcurrency: 5\nnniManagerIp: 10.0.0.1\n"
+        "trainingService:\n  platform: remote\n  machineList:\n    - {host: 10.0.0.2, user: me, sshKeyFile: key}\n"
+    )
+
+    run_trials(recipe, SPACE, tmp_path / "out", ExperimentSettings(port=0, config=file))
+
+    _, config, _ = nni[0]
+    code = tmp_path / "out" / "code"
+    assert (str(code), "recipe.yaml") == (str(config.trial_code_directory), config.trial_command.split()[3])
+    assert "weights: dense.safetensors" in (code / "recipe.yaml").read_text()
+    assert (code / "dense.safetensors").is_file()
+
+
+def test_resuming_goes_on_with_what_nni_has(recipe, nni, tmp_path) -> None:
+    first = run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+
+    again = run_trials(recipe, SPACE, tmp_path / "out", ExperimentSettings(port=0, trials=20), resume=True)
+
+    kind, place, more = nni[1]
+    assert ("resume", first.identity, 12345, 20) == (kind, place.identity, more["earlier_port"], more["trials"])
+    assert first.identity == again.identity
+    assert 23456 == json.loads((tmp_path / "out" / "experiment.json").read_text())["port"]
+
+
+def test_an_experiment_that_nni_never_saw_is_begun_when_resumed(recipe, nni, tmp_path) -> None:
+    (tmp_path / "out" / "dense").mkdir(parents=True)
+
+    run_trials(recipe, SPACE, tmp_path / "out", SETTINGS, resume=True)
+
+    assert ["run"] == [call[0] for call in nni]
+
+
+@pytest.mark.parametrize("what", ["recipe", "space"])
+def test_another_experiment_is_not_resumed(recipe, nni, tmp_path, what) -> None:
+    run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+    other = recipe_with(train={"epochs": 2}) if what == "recipe" else recipe
+    space = search_space_for(["l1"], ["macs=0.5"]) if what == "space" else SPACE
+
+    with pytest.raises(ConfigError, match=f"The {what} is not that of the experiment"):
+        run_trials(other, space, tmp_path / "out", SETTINGS, resume=True)
+
+
+def test_a_folder_with_something_in_it_is_refused(recipe, nni, tmp_path) -> None:
+    run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+
+    with pytest.raises(OutputError, match="holds an experiment: go on with --resume"):
+        run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+    with pytest.raises(OutputError, match="holds no experiment"):
+        run_trials(recipe, SPACE, tmp_path, SETTINGS, resume=True)
+    with pytest.raises(OutputError, match="holds no results"):
+        read_experiment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "space", "settings", "error", "says"),
+    [
+        ({"data": None, "model": "resnet20"}, SPACE, {}, ConfigError, "has no data"),
+        ({}, SPACE, {"trials": 0}, ConfigError, "trials is 0"),
+        ({}, SPACE, {"cost": "latency_ms", "cost_weight": 1.0}, ConfigError, "is not measured"),
+        ({}, {"target": {"_type": "choice", "_value": ["macs=0.0001"]}}, {}, TargetError, "cannot be met"),
+        ({}, {"targets": {"_type": "choice", "_value": [1]}}, {}, RecipeError, "Did you mean 'target'"),
+    ],
+)
+def test_what_would_fail_later_is_refused_first(recipe, tmp_path, values, space, settings, error, says) -> None:
+    with pytest.raises(error, match=says):
+        check_experiment(recipe_with(**values), space, ExperimentSettings(**settings))
+    assert {"tiny_for_experiment.py", "__pycache__"} >= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_runtime_that_is_not_usable_is_refused_first(recipe, monkeypatch) -> None:
+    monkeypatch.setattr(
+        OnnxRuntimeTensorRT, "availability", lambda _: SimpleNamespace(usable=False, reason="no such library")
+    )
+
+    with pytest.raises(RuntimeUnavailableError, match="no such library"):
+        check_experiment(recipe, SPACE, ExperimentSettings(runtime="onnxruntime-tensorrt"))
+
+
+def test_a_folder_with_a_damaged_note_is_refused(recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "experiment.json").write_text("{")
+
+    with pytest.raises(OutputError, match=r"experiment\.json.*Expected JSON"):
+        run_trials(recipe, SPACE, tmp_path / "out", SETTINGS, resume=True)
