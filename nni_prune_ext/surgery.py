@@ -7,6 +7,7 @@ their statistics over the survivors. In evaluation mode both are the same functi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
@@ -150,17 +151,19 @@ def take_over(model: nn.Module, compact: nn.Module) -> None:
     optimizer over the old ones follows with :func:`remap_optimizer`, called before.
     """
     own = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, object] = {id(tensor): tensor for _, tensor in named_tensors(compact)}
+    taken: dict[int, tuple[nn.Module, nn.Module]] = {}
     for name, source in compact.named_modules(remove_duplicate=False):
         target = own.get(name)
-        if target is None or type(target) is not type(source):
-            continue  # a layer that a rewrite has put in: taken over with its parent below
-        children = {
-            child: own[place]
-            if module is not None and type(own.get(place := f"{name}.{child}".lstrip("."))) is type(module)
-            else module
-            for child, module in source._modules.items()
-        }
-        target.__dict__ = {**vars(source), "_modules": children}
+        same = target is not None and type(target) is type(source)  # else a layer that a rewrite has put in
+        places[id(source)] = target if same else source
+        if target is not None and same:
+            taken[id(source)] = (source, target)
+    # Attributes may refer to modules: lists of layers, and the bound forward that NNI leaves on unwrapped ones, which
+    # would go on running the module of the copy, whose mode nobody changes any more.
+    contents = [(target, copy.deepcopy(vars(source), places)) for source, target in taken.values()]
+    for target, content in contents:
+        target.__dict__ = content
 
 
 def remap_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, removal: Removal) -> None:

@@ -380,9 +380,7 @@ def test_a_mask_update_rule_decides_which_masks_may_change(
 
     _, masks = pruner.compress(14, None)
 
-    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(history)), (
-        "what is gone stays gone"
-    )
+    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(history)), "what is gone stays gone"
     assert shares(masks)["conv2"] == pytest.approx(0.75, abs=0.02)
     assert RULED
     if inner == "l1":

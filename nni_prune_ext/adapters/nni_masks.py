@@ -1,0 +1,214 @@
+"""NNI's masks as facts about tensors: read from memory or a file, checked against the model, never changed.
+
+NNI names masks by module and target, ``{"conv1": {"weight": tensor, "bias": None, "_output_0": tensor}}``; everything
+behind this file asks which positions of which tensor are masked.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_prune_ext.adapters.nni_speedup_errors import (
+    FineGrainedMaskError,
+    MaskFileError,
+    ShapeMisMatchError,
+    WrappedModelError,
+)
+from nni_prune_ext.graph.model_copy import named_tensors
+
+_logger = logging.getLogger(__name__)
+
+INPUT, OUTPUT = "_input_", "_output_"
+_PREFIX = "module."
+_HOW = "Pass what pruner.compress() or pruner.get_masks() returned, or a file that torch.save wrote of it."
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of one model.
+
+    Attributes:
+        tensors: name of a parameter → its mask, bool, shape of the parameter, on CPU: ``False`` where it is masked.
+        activations: ``(module, "_input_0")`` → mask that multiplies this input or output of the module.
+        fine_grained: names of parameters whose masks silence more than whole rows and columns.
+    """
+
+    tensors: Mapping[str, Tensor]
+    activations: Mapping[tuple[str, str], Tensor]
+    fine_grained: tuple[str, ...]
+
+    def silent(self, tensor: str, dim: int) -> NDArray[np.bool_] | None:
+        """Returns the positions along ``dim`` that are masked whole, ``None`` where the tensor has no mask."""
+        mask = self.tensors.get(tensor)
+        return None if mask is None else _silent(mask, dim)
+
+    @property
+    def empty(self) -> bool:
+        """Says whether nothing at all is masked."""
+        return all(bool(mask.all()) for mask in [*self.tensors.values(), *self.activations.values()])
+
+
+def read_masks(masks_or_file: object, map_location: Any = None) -> Mapping[str, Mapping[str, object]]:
+    """Returns the masks given, or those in a file; only tensors and plain containers are ever unpickled.
+
+    Raises:
+        MaskFileError: nothing given, no such file, or a file that does not hold masks.
+    """
+    if isinstance(masks_or_file, (str, Path)):
+        masks_or_file = _load(Path(masks_or_file), map_location)
+    if not isinstance(masks_or_file, Mapping) or not all(isinstance(v, Mapping) for v in masks_or_file.values()):
+        raise MaskFileError(
+            f"masks_or_file is {_kind(masks_or_file)}, expected masks by module and target, "
+            f"{{'conv1': {{'weight': tensor}}}}, or the path of a file with them. {_HOW}"
+        )
+    return cast("Mapping[str, Mapping[str, object]]", masks_or_file)
+
+
+def layer_masks(given: Mapping[str, Mapping[str, object]], model: nn.Module) -> LayerMasks:
+    """Translates NNI's masks for a model and checks them against it.
+
+    Raises:
+        WrappedModelError: the model still carries NNI's wrappers.
+        MaskFileError: there is no mask among them.
+        ShapeMisMatchError: a module, target or shape is not one of this model.
+        FineGrainedMaskError: every layer is masked, but none in whole channels.
+    """
+    _refuse_wrapped(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known = {id(tensor): name for name, tensor in named_tensors(model)}
+    tensors: dict[str, Tensor] = {}
+    activations: dict[tuple[str, str], Tensor] = {}
+    for name, targets in _fitting_names(given, modules).items():
+        for target, mask in targets.items():
+            if mask is None:
+                continue
+            keep = _as_bool(mask, name, target)
+            if target.startswith((INPUT, OUTPUT)):
+                activations[name, target] = keep
+                continue
+            tensor = getattr(modules[name], target, None)
+            if not isinstance(tensor, Tensor) or id(tensor) not in known:
+                raise ShapeMisMatchError(
+                    f"There is a mask for '{target}' of '{name}', expected the name of a parameter of this "
+                    f"{type(modules[name]).__name__}. Use the masks of this model."
+                )
+            own = known[id(tensor)]
+            keep = _fitted(keep, tensor, f"{name}.{target}")
+            tensors[own] = tensors[own] & keep if own in tensors else keep
+    if not tensors and not activations:
+        raise MaskFileError(f"The masks hold no mask at all ({len(given)} modules), expected at least one. {_HOW}")
+    fine = tuple(name for name, mask in tensors.items() if not _in_channels(mask))
+    result = LayerMasks(tensors, activations, fine)
+    _refuse_fine_grained(result)
+    return result
+
+
+def _load(path: Path, map_location: Any) -> object:
+    if not path.exists():
+        raise MaskFileError(f"There is no file '{path}', expected masks that torch.save wrote. {_HOW}")
+    try:
+        with torch.serialization.safe_globals([(_plain_dict, "collections.defaultdict"), dict]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise MaskFileError(
+            f"'{path}' cannot be read as masks: {(str(error).splitlines() or [type(error).__name__])[0]} Expected "
+            f"nothing but tensors in dicts; anything else is not loaded, as it could run code. {_HOW}"
+        ) from error
+
+
+def _plain_dict(*_: object) -> dict[str, object]:
+    """Stands for ``defaultdict`` in files: the safe loader of PyTorch fills plain dicts only."""
+    return {}
+
+
+def _kind(value: object) -> str:
+    return "a mapping with something else than targets in it" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "_nni_wrapper" in module._modules:
+            raise WrappedModelError(
+                f"'{name}' is still wrapped by a compressor, expected the plain model. Call pruner.unwrap_model() "
+                "first; the masks stay valid."
+            )
+
+
+def _fitting_names(
+    given: Mapping[str, Mapping[str, object]], modules: Mapping[str, nn.Module]
+) -> dict[str, Mapping[str, object]]:
+    """Returns the masks under the names of this model's modules: a parallel wrapper's prefix is taken off or put on."""
+    for off, on in (("", ""), (_PREFIX, ""), ("", _PREFIX)):
+        named = {on + name.removeprefix(off): targets for name, targets in given.items()}
+        if named.keys() <= modules.keys():
+            return named
+    strange = sorted(name for name in given if name not in modules and name.removeprefix(_PREFIX) not in modules)
+    raise ShapeMisMatchError(
+        f"There are masks for {strange[:3]} ({len(strange)} of {len(given)} modules), which this model does not have. "
+        "Expected the names of model.named_modules(): use the masks of this model."
+    )
+
+
+def _as_bool(mask: object, name: str, target: str) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise ShapeMisMatchError(
+            f"The mask for '{target}' of '{name}' is {type(mask).__name__}, expected a tensor of zeros and ones, or "
+            f"None. {_HOW}"
+        )
+    return mask.detach().cpu() != 0
+
+
+def _fitted(keep: Tensor, tensor: Tensor, name: str) -> Tensor:
+    """Returns the mask in the shape of its tensor; NNI broadcasts masks, so do we."""
+    try:
+        return keep.expand(tensor.shape)
+    except RuntimeError:
+        raise ShapeMisMatchError(
+            f"The mask for '{name}' has shape {tuple(keep.shape)}, expected {tuple(tensor.shape)}, that of the tensor. "
+            "Use the masks of this model, before any speedup."
+        ) from None
+
+
+def _silent(mask: Tensor, dim: int) -> NDArray[np.bool_]:
+    others = [d for d in range(mask.dim()) if d != dim]
+    alive = mask.any(dim=others) if others else mask
+    return cast("NDArray[np.bool_]", (~alive).numpy())
+
+
+def _in_channels(mask: Tensor) -> bool:
+    """Says whether all that is masked is whole rows (dimension 0) and whole columns (dimension 1)."""
+    if mask.dim() < 2:
+        return True
+    covered = torch.zeros_like(mask)
+    for dim in (0, 1):
+        silent = torch.from_numpy(_silent(mask, dim))
+        covered |= silent.view([-1 if d == dim else 1 for d in range(mask.dim())])
+    return bool((mask | covered).all())
+
+
+def _refuse_fine_grained(masks: LayerMasks) -> None:
+    if not masks.fine_grained:
+        return
+    names = ", ".join(f"'{name}'" for name in masks.fine_grained[:5])
+    weights = {name for name, mask in masks.tensors.items() if mask.dim() > 1 and not bool(mask.all())}
+    if weights <= set(masks.fine_grained) and all(bool(mask.all()) for mask in masks.activations.values()):
+        raise FineGrainedMaskError(
+            f"The masks are fine-grained: those of {names} ({len(masks.fine_grained)} layers) silence single weights, "
+            "expected whole channels, as only these make a model smaller. Prune with granularity 'out_channel' "
+            "(NNI's LevelPruner does not, by default), or keep the model as it is with its weights at zero."
+        )
+    _logger.warning(
+        "The masks of %s (%d layers) are fine-grained: what they silence beyond whole channels is not removed.",
+        names,
+        len(masks.fine_grained),
+    )

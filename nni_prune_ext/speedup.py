@@ -1,0 +1,28 @@
+"""The face for hosts: NNI's ModelSpeedup, under the name that NNI gives it."""
+
+from __future__ import annotations
+
+from nni_prune_ext.adapters.nni_speedup import ModelSpeedup
+from nni_prune_ext.adapters.nni_speedup_errors import (
+    ConstantError,
+    EmptyLayerError,
+    FineGrainedMaskError,
+    MaskFileError,
+    ShapeMisMatchError,
+    SpeedupError,
+    WrappedModelError,
+)
+from nni_prune_ext.adapters.nni_speedup_report import KeptMask, SpeedupReport
+
+__all__ = [
+    "ConstantError",
+    "EmptyLayerError",
+    "FineGrainedMaskError",
+    "KeptMask",
+    "MaskFileError",
+    "ModelSpeedup",
+    "ShapeMisMatchError",
+    "SpeedupError",
+    "SpeedupReport",
+    "WrappedModelError",
+]
