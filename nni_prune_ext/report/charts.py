@@ -52,7 +52,8 @@ def pareto_front(networks: Sequence[Network]) -> list[Network]:
 
 
 def scatter(networks: Sequence[Network], *, axis: str, name: str, metric: str = number_text.TOP1) -> str | None:
-    """Returns accuracy over cost with the Pareto front; ``None`` without a network."""
+    """Returns accuracy over cost with the Pareto front; ``None`` without a network whose accuracy is a number."""
+    networks = [network for network in networks if math.isfinite(network.accuracy)]
     if not networks:
         return None
     unit, scale = _unit(max(network.cost for network in networks)) if axis == "MACs" else ("ms", 1.0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,3 +63,48 @@ def test_the_program_for_production_needs_numpy_and_onnxruntime_only() -> None:
     }
 
     assert {"numpy", "onnxruntime"} == imported - set(sys.stdlib_module_names)
+
+
+def run_in_folder(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program of the examples in an empty folder, in a process of its own with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_nni_program_before_and_after_differs_in_the_package_name_only() -> None:
+    before, after = (
+        (ROOT / "examples" / "nni_migration" / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        for name in ("before", "after")
+    )
+
+    changed = [(old, new) for old, new in zip(before[1:], after[1:], strict=True) if old != new]
+
+    assert [
+        ("from nni.compression.pruning import L1NormPruner", "from nni_prune_ext.pruning import L1NormPruner"),
+        ("from nni.compression.speedup import ModelSpeedup", "from nni_prune_ext.speedup import ModelSpeedup"),
+    ] == changed
+
+
+def test_the_nni_program_runs_after_the_change(tmp_path: Path) -> None:
+    result = run_in_folder(tmp_path, str(ROOT / "examples" / "nni_migration" / "after.py"), "--smoke")
+
+    assert 0 == result.returncode, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert ["dense", "masked", "sped up", "fine-tuned"] == [line["network"] for line in lines]
+    assert lines[2]["params"] < 0.4 * lines[0]["params"]
+
+
+def test_the_nni_program_still_fails_before_the_change(tmp_path: Path) -> None:
+    result = run_in_folder(tmp_path, str(ROOT / "examples" / "nni_migration" / "before.py"), "--smoke")
+
+    assert 0 != result.returncode, "NNI works again: the pages that say otherwise need a change"
+    assert "'NoneType' object has no attribute 'startswith'" in result.stderr
+
+
+def test_torch_pruning_takes_our_criterion(tmp_path: Path) -> None:
+    result = run_in_folder(tmp_path, str(ROOT / "examples" / "torch_pruning_criterion.py"), "--smoke")
+
+    assert 0 == result.returncode, result.stderr
+    assert "exact" in result.stdout

@@ -86,6 +86,13 @@ def test_one_network_alone_can_be_drawn(accuracy):
     assert "dense" in texts(scatter([Network("dense", "dense", 0, 5.0, accuracy)], axis="MACs", name="a") or "")
 
 
+def test_a_network_whose_metric_is_no_number_is_left_out():
+    lost = Network("lost", "pruned", 0, 4.0, float("nan"))
+
+    assert "lost" not in texts(scatter([*NETWORKS, lost], axis="MACs", name="a") or "")
+    assert scatter([lost], axis="MACs", name="a") is None
+
+
 def test_nothing_to_draw_is_no_chart():
     assert scatter([], axis="MACs", name="a") is None
     assert [] == width_charts([], name="a")
