@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from nni.compression.base.compressor import Pruner
-from nni.compression.pruning.tools import generate_sparsity
+from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
 from nni_prune_ext.adapters.nni_evaluator import StepCall
+from nni_prune_ext.adapters.nni_sparsity import make_masks
 from nni_prune_ext.adapters.nni_targets import ChannelTargets, Masks, Place, active_places, masked_share
 from nni_prune_ext.allocation import Allocation
 from nni_prune_ext.allocation.ratio_scaling import scaled_ratios
@@ -88,13 +89,12 @@ class NniRun(MethodRun):
         whole_scores = self._whole(averaged(dict(scores)))
         places = [p for p in active_places(self.spaces) if self._inside(p, whole_scores)]
         spaces = {(p.module, p.target): p for p in places}
-        used: dict[str, dict[str, object]] = {}
+        used: dict[str, dict[str, PruningTargetSpace]] = {}
         for module, target in spaces:
             used.setdefault(module, {})[target] = self.spaces[module][target]
         with scaled_goals(places, self._goals(places, fraction, ratios)):
-            masks = generate_sparsity(self.targets_of.metrics(places, whole_scores), used)
-        closed = self.targets_of.closed(places, masks)
-        gone = removed_channels(self.targets_of.plan(places, closed), self.targets_of.groups)
+            masks = make_masks(self.targets_of, places, self.targets_of.metrics(places, whole_scores), used)
+        gone = removed_channels(self.targets_of.plan(places, masks), self.targets_of.groups)
         left = self._survivors()
         now = {name: gone[name][numbers] for name, numbers in left.items() if gone[name][numbers].any()}
         plan = plan_from_channels(self.groups, now)
@@ -196,19 +196,29 @@ def parameters_of(model: nn.Module) -> Parameters:
     }
 
 
-def put_back(originals: Parameters, pruner: Pruner) -> None:
-    """Gives a model that NNI has just unwrapped its own parameters back, with the values that it has now.
+def share_parameters(originals: Parameters, pruner: Pruner) -> None:
+    """Lets the wrappers of a pruner train the model's own parameters, where NNI has put copies into them.
 
-    NNI registers copies, so that an optimizer made before would train what nobody uses.
+    So tied weights stay tied, and an optimizer that was made before trains what is used.
     """
-    for name, own in pruner._target_spaces.items():
+    for (name, target), original in _pruned(originals, pruner):
+        wrapper = pruner._module_wrappers[name]
+        if wrapper._parameters.get(target) is not None:
+            original.data = wrapper._parameters[target].data
+            wrapper._parameters[target] = original
+
+
+def put_back(originals: Parameters, pruner: Pruner) -> None:
+    """Gives a model that NNI has just unwrapped its own parameters back, where NNI has put copies."""
+    for (name, target), original in _pruned(originals, pruner):
         module = pruner._module_wrappers[name].module
-        for target in own:
-            current, original = module._parameters.get(target), originals.get((name, target))
-            if current is not None and original is not None:
-                original.data = current.data
-                original.requires_grad_(current.requires_grad)
-                module._parameters[target] = original
+        if module._parameters.get(target) is not None:
+            module._parameters[target] = original
+
+
+def _pruned(originals: Parameters, pruner: Pruner) -> list[tuple[tuple[str, str], nn.Parameter]]:
+    keys = [(name, target) for name, own in pruner._target_spaces.items() for target in own]
+    return [(key, originals[key]) for key in keys if key in originals]
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
@@ -233,4 +243,7 @@ def plain_copy(skeleton: nn.Module, live: nn.Module, masks: Masks | None) -> nn.
             parameter.requires_grad_(current.requires_grad)
         for name, buffer in result.named_buffers():
             buffer.data = buffers[name].detach().clone()
-    return result.train(live.training)
+    modes = {name: module.training for name, module in live.named_modules()}
+    for name, module in result.named_modules():
+        module.training = modes[name]
+    return result

@@ -15,8 +15,10 @@ from typing import Any, cast
 
 import torch
 from nni.compression import TorchEvaluator
-from nni.compression.utils.evaluator import Evaluator
+from nni.compression.base.compressor import Pruner
+from nni.compression.utils.evaluator import Evaluator, ModuleHook
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.inputs import tensors_in
@@ -33,9 +35,9 @@ class _ModelPlace:
 
 @dataclass(frozen=True)
 class _OutputPlace:
-    """Stands in remembered arguments where a tensor of the model's output was."""
+    """Stands in remembered arguments where the model's output was, or one of its tensors (by number)."""
 
-    number: int
+    number: int | None
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ class StepCall:
     def loss(self, model: nn.Module) -> Tensor:
         """Returns the loss of a model on this call's batch."""
         given = [*self.args, *self.kwargs.values()]
-        outputs = (
-            list(tensors_in(model(*self.model_args, **self.model_kwargs)))
-            if any(isinstance(item, _OutputPlace) for item in given)
-            else []
-        )
+        needed = any(isinstance(item, _OutputPlace) for item in given)
+        output = model(*self.model_args, **self.model_kwargs) if needed else None
+        tensors = list(tensors_in(output))
 
         def filled(item: Any) -> Any:
             if isinstance(item, _ModelPlace):
                 return model
-            return outputs[item.number] if isinstance(item, _OutputPlace) else item
+            if isinstance(item, _OutputPlace):
+                return output if item.number is None else tensors[item.number]
+            return item
 
         return loss_of(self.step(*map(filled, self.args), **{key: filled(item) for key, item in self.kwargs.items()}))
 
@@ -72,8 +74,15 @@ def loss_of(result: Any) -> Tensor:
     return cast("Tensor", result[0] if isinstance(result, Sequence) else result)
 
 
+def with_loss(result: Any, loss: Tensor) -> Any:
+    """Returns what a training step returned with another loss in its place."""
+    if isinstance(result, Mapping):
+        return {**result, "loss": loss}
+    return (loss, *result[1:]) if isinstance(result, Sequence) else loss
+
+
 class StepRecorder:
-    """Remembers the last calls of the training step of an evaluator that is bound to a model.
+    """Remembers the last calls of the training step of an evaluator that is bound to a model, until it is unbound.
 
     Attributes:
         calls: the newest ``count`` calls, oldest first.
@@ -84,32 +93,20 @@ class StepRecorder:
         self.calls: deque[StepCall] = deque(maxlen=max(count, 1))
         self.seen = 0
         self._evaluator = evaluator
-        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
-        self._outputs: list[Tensor] = []
-        self._within = False
-        self._called_within = False
-        self._handle = evaluator.model.register_forward_hook(self._keep_forward, with_kwargs=True)
+        self._forward = _LastForward(evaluator.model)
+        evaluator.register_hooks([self._forward])
         self._original, evaluator._training_step = evaluator._training_step, self._record
 
-    def stop(self) -> None:
-        """Takes the hook off the model; the evaluator puts its step back when it is unbound."""
-        self._handle.remove()
-        self._outputs = []
-
-    def _keep_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        self._inputs, self._outputs = (args, kwargs), list(tensors_in(output))
-        self._called_within |= self._within
-
     def _record(self, *args: Any, **kwargs: Any) -> Any:
-        places = {id(tensor): _OutputPlace(number) for number, tensor in enumerate(self._outputs)}
-        places[id(self._evaluator.model)] = _ModelPlace()  # type: ignore[assignment]
+        forward = self._forward
+        places: dict[int, object] = {id(t): _OutputPlace(n) for n, t in enumerate(tensors_in(forward.output))}
+        if forward.output is not None:
+            places.setdefault(id(forward.output), _OutputPlace(None))
+        places[id(self._evaluator.model)] = _ModelPlace()
         kept = tuple(places.get(id(item), item) for item in args)
         kept_by_key = {key: places.get(id(item), item) for key, item in kwargs.items()}
-        self._within, self._called_within = True, False
-        try:
-            result = self._original(*args, **kwargs)
-        finally:
-            self._within = False
+        inputs = forward.inputs
+        result = self._original(*args, **kwargs)
         repeatable = any(isinstance(item, (_ModelPlace, _OutputPlace)) for item in [*kept, *kept_by_key.values()])
         if not repeatable:
             raise ConfigError(
@@ -117,9 +114,29 @@ class StepRecorder:
                 f"arguments ({', '.join(type(item).__name__ for item in args)}), so its loss cannot be computed again. "
                 "Expected training_step(batch, model). Pass the model as an argument."
             )
-        self.calls.append(StepCall(self._original, kept, kept_by_key, *self._inputs))
+        self.calls.append(StepCall(self._original, kept, kept_by_key, *inputs))
         self.seen += 1
         return result
+
+
+class _LastForward(ModuleHook):  # type: ignore[misc]
+    """NNI's kind of hook that keeps what a model was called with and what came out, until the evaluator is unbound."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "model", lambda buffer: self._keep)
+        self.inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+        self.output: Any = None
+
+    def remove(self) -> None:
+        """Takes the hook off and lets go of what it kept."""
+        super().remove()
+        self.inputs, self.output = ((), {}), None
+
+    def _register(self, hook_func: Callable[..., None]) -> RemovableHandle:
+        return cast("RemovableHandle", self.target.register_forward_hook(hook_func, with_kwargs=True))
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self.inputs, self.output = (args, kwargs), output
 
 
 def torch_evaluator(evaluator: Evaluator | None, needed_for: str) -> TorchEvaluator:
@@ -155,10 +172,7 @@ def collected_calls(evaluator: TorchEvaluator, model: nn.Module, count: int) -> 
     """
     with bound(evaluator, model, None):
         recorder = StepRecorder(evaluator, count)
-        try:
-            evaluator.train(max_steps=count)
-        finally:
-            recorder.stop()
+        evaluator.train(max_steps=count)
     if not recorder.seen:
         raise ConfigError(
             f"The training_func of the evaluator made no step when asked for max_steps={count}, expected {count}. Make "
@@ -186,12 +200,17 @@ class EvaluatorTraining:
         evaluator, losses = self.evaluator, list[Tensor]()
         self._bind(run)
         zero = torch.zeros((), device=next(run.model.parameters()).device, requires_grad=True)
-        original = evaluator._training_step
+        original, result = evaluator._training_step, None
 
-        def step(*args: Any, **kwargs: Any) -> Tensor:
-            loss = method.compute_loss(run, StepCall(original, args, kwargs, (), {}))
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal result
+            result = original(*args, **kwargs)
+            return result
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            loss = method.compute_loss(run, StepCall(noted, args, kwargs, (), {}))
             losses.append(loss.detach())
-            return loss if loss.requires_grad else loss + 0 * zero  # the user's loop calls backward in any case
+            return with_loss(result, loss if loss.requires_grad else loss + 0 * zero)  # the user's loop calls backward
 
         def before() -> None:
             method.after_backward(run)
@@ -203,13 +222,29 @@ class EvaluatorTraining:
                 optimizer.zero_grad(set_to_none=True)
             method.after_step(run)
 
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            returned = plain(*args, **kwargs)
+            after()
+            return returned
+
         evaluator._training_step = step
-        evaluator.patch_optimizer_step([before], [after])
+        last = evaluator._optimizers[-1]
+        plain = last.step
+        if last is not evaluator._optimizers[0]:  # NNI patches the first one only
+            last.step = stepped
+        evaluator.patch_optimizer_step([before], [after] if last is evaluator._optimizers[0] else [])
         try:
             evaluator.train(max_epochs=1)
         finally:
+            last.step = plain
             evaluator.revert_loss()
             evaluator.revert_optimizer_step()
+        if not losses:
+            raise ConfigError(
+                "The training_func of the evaluator made no step when asked for max_epochs=1. Expected one epoch. "
+                "Make it "
+                "call training_step on every batch, and heed max_epochs."
+            )
         return losses
 
     def _bind(self, run: MethodRun) -> None:
@@ -251,39 +286,45 @@ def untrained(evaluator: Evaluator, model: nn.Module) -> list[str]:
     return [name for name, parameter in plain.items() if parameter.requires_grad and name not in held]
 
 
-def adopt_parameters(evaluator: Evaluator, model: nn.Module) -> None:
-    """Makes a model that was wrapped and unwrapped hold again the parameters that the user's optimizers hold.
+def adopt_parameters(evaluator: Evaluator, pruner: Pruner) -> None:
+    """Makes a model that NNI has unwrapped hold again the parameters that the user's optimizers hold.
 
-    NNI replaces parameters by copies when a pruner unwraps a model; an evaluator that was not initialised before then
-    finds none of them in its optimizers and trains nothing. A copy is known by its shape and its equal values.
+    NNI replaces the parameters of pruned layers by copies; an evaluator that was not initialised before then finds none
+    of them in its optimizers and trains nothing. A copy is known by its shape and values. Parameters that are equal
+    (zero biases) are told apart by nothing, so they must be optimized alike.
 
     Raises:
-        ConfigError: a parameter of an optimizer is not the model's.
+        ConfigError: a parameter of an optimizer is not the model's, or equal ones are optimized differently.
     """
     if evaluator._initialization_complete or not isinstance(evaluator, TorchEvaluator):
         return
-    own = {id(parameter) for parameter in model.parameters()}
-    given = [p for optimizer in evaluator._tmp_optimizers for group in optimizer.param_groups for p in group["params"]]
-    lost = [parameter for parameter in given if id(parameter) not in own]
-    known = {id(parameter) for parameter in given}
+    own = {id(parameter) for parameter in pruner.bound_model.parameters()}
     places = [
-        (module, key)
-        for module in model.modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None and id(parameter) not in known
+        (pruner._module_wrappers[name].module, key) for name, keys in pruner._target_spaces.items() for key in keys
     ]
-    for parameter in lost:
-        fitting = (n for n, (module, key) in enumerate(places) if _equal(parameter, module._parameters[key]))
-        number = next(fitting, None)
-        if number is None:
+    open_places = [(module, key) for module, key in places if module._parameters.get(key) is not None]
+    groups = [group["params"] for optimizer in evaluator._tmp_optimizers for group in optimizer.param_groups]
+    lost = [(number, p) for number, group in enumerate(groups) for p in group if id(p) not in own]
+    while lost:
+        first = lost[0][1]
+        alike = [(number, p) for number, p in lost if _equal(p, first)]
+        lost = [(number, p) for number, p in lost if not _equal(p, first)]
+        fitting = [(module, key) for module, key in open_places if _equal(module._parameters[key], first)]
+        if not fitting:
             raise ConfigError(
-                f"The optimizer of the evaluator holds a parameter of shape {tuple(parameter.shape)} that "
-                f"{type(model).__name__} does not have, expected the parameters of this model. Make the optimizer from "
-                "the model that is pruned, or pass the evaluator to the inner pruner."
+                f"The optimizer of the evaluator holds a parameter of shape {tuple(first.shape)} that "
+                f"{type(pruner.bound_model).__name__} does not have, expected the parameters of this model. Make the "
+                "optimizer from the model that is pruned, or pass the evaluator to the inner pruner."
             )
-        module, key = places.pop(number)
-        module._parameters[key] = parameter
+        if len(fitting) != len(alike) or len({number for number, _ in alike}) > 1:
+            raise ConfigError(
+                f"{len(fitting)} pruned parameters of shape {tuple(first.shape)} have equal values, but are optimized "
+                "differently, so it cannot be told which is which once NNI has replaced them. Expected one parameter "
+                f"group for them. Pass the evaluator to the inner pruner: {type(pruner).__name__}(…, evaluator)."
+            )
+        for (module, key), (_, parameter) in zip(fitting, alike):
+            module._parameters[key] = parameter
 
 
-def _equal(first: Tensor, second: Tensor | None) -> bool:
-    return second is not None and first.shape == second.shape and torch.equal(first.detach(), second.detach())
+def _equal(first: Tensor | None, second: Tensor) -> bool:
+    return first is not None and first.shape == second.shape and torch.equal(first.detach(), second.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import nn
 
 from nni_prune_ext.adapters.nni_context import NniRun, plain_names
 from nni_prune_ext.adapters.nni_evaluator import EvaluatorTraining, StepCall, collected_calls
-from nni_prune_ext.adapters.nni_targets import Place
+from nni_prune_ext.adapters.nni_targets import ChannelTargets, Place
+from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.graph.model_copy import named_tensors
 from nni_prune_ext.methods.base import Outcome, PruningMethod
 from nni_prune_ext.training import drive
 
@@ -45,12 +47,33 @@ def run_method(method: PruningMethod, run: NniRun, evaluator: TorchEvaluator | N
     return outcome
 
 
-def not_configured(groups: ChannelGroups, places: Sequence[Place]) -> dict[str, str]:
-    """Returns group → reason for the groups that a config_list does not name in full."""
+def refuse_unplannable(own: str, channels: ChannelTargets, places: Sequence[Place]) -> None:
+    """Refuses targets that a method with phases of its own cannot follow: it cuts whole channels by their share.
+
+    Raises:
+        ConfigError: a threshold, or a granularity other than output channels.
+    """
+    for place in places:
+        written = place.dim is not None and all(m.role is not Role.CONSUMER for _, m in channels.holding(place))
+        if place.goal is None or not written:
+            key = "sparse_threshold" if place.goal is None else "granularity"
+            raise ConfigError(
+                f"'{place.target}' of '{place.module}' has the {key} {getattr(place.space, key)!r}, but {own} "
+                "decides over "
+                "channels in several steps. Expected a sparse_ratio of output channels. Prune in one step, or set that."
+            )
+
+
+def not_configured(groups: ChannelGroups, parameters: Container[str], places: Sequence[Place]) -> dict[str, str]:
+    """Returns group → reason for the groups that a config_list does not name in full.
+
+    Args:
+        parameters: names of the model's parameters; shortcuts that have none need not be named.
+    """
     named = {(place.tensor, place.dim) for place in places}
     reasons = {}
     for group in groups:
-        writers = group.by_role(Role.WRITER)
+        writers = [member for member in group.by_role(Role.WRITER) if member.tensor in parameters]
         missing = [m.tensor.removesuffix(".weight") for m in writers if (m.tensor, m.dim) not in named]
         if missing:
             reasons[group.name] = f"'{missing[0]}' is not in the config_list"
@@ -66,9 +89,12 @@ def not_configured(groups: ChannelGroups, places: Sequence[Place]) -> dict[str, 
 def load_weights(live: nn.Module, run: NniRun) -> None:
     """Puts trained weights to where they were before channels were cut; what was cut keeps its old weights."""
     tensors, names = dict(live.named_parameters()) | dict(live.named_buffers()), plain_names(live)
+    found = [(names.get(name, name), name, value) for name, value in named_tensors(run.model)]
     with torch.no_grad():
-        for name, value in [*run.model.named_parameters(), *run.model.named_buffers()]:
-            target = tensors[names.get(name, name)]
+        for place, name, value in found:
+            if place not in tensors:
+                continue  # what a rewritten shortcut selects is no weight
+            target = tensors[place]
             if target.dim():
                 target[_grid(run, name, target.shape)] = value.to(target)
             else:

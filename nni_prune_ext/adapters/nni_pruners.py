@@ -23,12 +23,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from nni.compression.base.compressor import Compressor, Pruner
-from nni.compression.pruning.tools import active_sparse_targets_filter, fpgm_metrics, generate_sparsity, norm_metrics
+from nni.compression.pruning.tools import active_sparse_targets_filter, fpgm_metrics, norm_metrics
 from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
 
-from nni_prune_ext.adapters.nni_config import Entry, check_config_list
-from nni_prune_ext.adapters.nni_context import NniRun, ScoringContext, parameters_of, plain_copy, put_back
+from nni_prune_ext.adapters.nni_config import ConfiguredTarget, Entry, check_config_list
+from nni_prune_ext.adapters.nni_context import (
+    NniRun,
+    ScoringContext,
+    parameters_of,
+    plain_copy,
+    put_back,
+    share_parameters,
+)
 from nni_prune_ext.adapters.nni_evaluator import (
     StepCall,
     StepRecorder,
@@ -36,19 +43,31 @@ from nni_prune_ext.adapters.nni_evaluator import (
     released,
     torch_evaluator,
 )
-from nni_prune_ext.adapters.nni_method_run import load_weights, not_configured, run_method, with_weight_masks
+from nni_prune_ext.adapters.nni_masks import layer_masks
+from nni_prune_ext.adapters.nni_method_run import (
+    load_weights,
+    not_configured,
+    refuse_unplannable,
+    run_method,
+    with_weight_masks,
+)
+from nni_prune_ext.adapters.nni_pruner_options import checked_options, option_names
+from nni_prune_ext.adapters.nni_sparsity import make_masks
+from nni_prune_ext.adapters.nni_speedup_channels import removable_channels
 from nni_prune_ext.adapters.nni_targets import (
     ChannelTargets,
     Masks,
     Place,
     active_places,
     inputs_of,
+    is_finer_than_channels,
     short_of_goal,
-    with_caps,
+    turn_transposed,
 )
+from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.methods.base import MethodSpec, Outcome
-from nni_prune_ext.pipeline import method_options
+from nni_prune_ext.plan import PruningPlan, plan_from_channels
 from nni_prune_ext.training.processes import averaged
 
 _logger = logging.getLogger(__name__)
@@ -91,13 +110,17 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         seed: int = 0,
         **options: object,
     ) -> None:
-        self.options = _options(type(self), method_options, options)
+        if evaluator is not None and not isinstance(evaluator, Evaluator):
+            raise ConfigError(
+                f"The evaluator of {type(self).__name__} is a {type(evaluator).__name__}, expected an evaluator of "
+                "nni.compression. An example input is passed by name: dummy_input=."
+            )
+        self.options: Any = checked_options(type(self).__name__, self.method, method_options, options)
         self.seed = seed
-        check_config_list(model, config_list)
+        self._refuse_fine_patterns(check_config_list(model, config_list))
         example = dummy_input if dummy_input is not None else getattr(evaluator, "dummy_input", None)
         self._skeleton = copy.deepcopy(model)
         self.channels = ChannelTargets.of(model, None if example is None else inputs_of(example))
-        self.example_inputs = None if example is None else inputs_of(example)
         self._originals = parameters_of(model)
         self.gated_model: nn.Module | None = None
         self.outcome: Outcome | None = None
@@ -109,7 +132,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         self._calls: list[StepCall] = []
         self._recorder: StepRecorder | None = None
         self._fired = False
-        self._refuse_fine_patterns()
+        share_parameters(self._originals, self)
 
     @classmethod
     def from_compressor(
@@ -121,12 +144,20 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         **options: object,
     ) -> MethodPruner:
         """Makes a pruner that takes over another compressor's model, wrappers and evaluator (NNI's class contract)."""
-        names = list(cls.method.options.model_fields)
-        by_name = dict(zip(names, method_options))
-        return cast(
-            "MethodPruner",
-            super().from_compressor(compressor, list(new_config_list), evaluator=evaluator, **by_name, **options),
-        )
+        by_name = dict(zip(option_names(cls.method), method_options))
+        return cls._taken_over(compressor, new_config_list, evaluator=evaluator, **by_name, **options)
+
+    @classmethod
+    def _taken_over(cls, compressor: Compressor, config_list: Sequence[Entry], **arguments: object) -> MethodPruner:
+        """Lets NNI make the pruner; if that is refused, the compressor is as it was."""
+        wrapped = compressor._is_wrapped
+        try:
+            made = Compressor.from_compressor.__func__(cls, compressor, list(config_list), **arguments)
+        except Exception:
+            if wrapped and not compressor._is_wrapped:
+                compressor.wrap_model()
+            raise
+        return cast("MethodPruner", made)
 
     def compress(
         self, max_steps: int | None = None, max_epochs: int | None = None
@@ -150,24 +181,41 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         super().unwrap_model()
         put_back(self._originals, self)
 
-    def plan(self) -> Any:
-        """Returns the :class:`~nni_prune_ext.plan.PruningPlan` of the current masks, where coupled layers agree."""
-        return self.channels.plan(self._places(), self.get_masks())
+    def plan(self) -> PruningPlan:
+        """Returns the channels that a speedup removes for the current masks.
+
+        Raises:
+            ConfigError: there is no example input that the model runs on.
+        """
+        if not self.channels.traced:
+            raise ConfigError(
+                f"The channels of {type(self.bound_model).__name__} could not be traced without an example input, so "
+                "masks do not make a plan. Pass dummy_input=."
+            )
+        model = plain_copy(self._skeleton, self.bound_model, None)
+        groups, masks = self.channels.groups, layer_masks(self.get_masks(), model)
+        gone = removable_channels(model, masks, self.channels.example_inputs, groups)
+        return plan_from_channels(groups, {name: own for name, own in gone.items() if own.any() and not own.all()})
 
     def _places(self) -> list[Place]:
         return list(active_places(self._target_spaces))
 
-    def _refuse_fine_patterns(self) -> None:
-        for place in self._places():
-            if place.dim is None and self.method.name not in _BLOCK_METRICS:
+    def _refuse_fine_patterns(self, targets: Sequence[ConfiguredTarget]) -> None:
+        for place in targets:
+            granularity = place.setting.get("granularity")
+            if place.active and is_finer_than_channels(granularity) and self.method.name not in _BLOCK_METRICS:
                 raise ConfigError(
-                    f"The granularity {place.space.granularity!r} of '{place.target}' in '{place.module}' is finer "
-                    "than "
-                    f"channels, but the method '{self.method.name}' scores channels. Expected 'out_channel' or "
-                    "'in_channel'; or use LevelPruner, L1NormPruner, L2NormPruner or FPGMPruner."
+                    f"The granularity {granularity!r} of {place} is finer than channels, but the method "
+                    f"'{self.method.name}' scores channels. Expected 'out_channel' or 'in_channel'; or use "
+                    "LevelPruner, "
+                    "L1NormPruner, L2NormPruner or FPGMPruner."
                 )
 
     # NNI's three steps: data, metrics, masks
+
+    def _register_scalers(self) -> None:
+        super()._register_scalers()
+        turn_transposed(self._target_spaces)
 
     def _collect_data(self) -> Masks:
         return cast("Masks", active_sparse_targets_filter(self._target_spaces))
@@ -185,15 +233,10 @@ class MethodPruner(Pruner):  # type: ignore[misc]
             chosen = {m: {t: v for t, v in own.items() if (m, t) in blocks} for m, own in data.items()}
             for module, own in _BLOCK_METRICS[self.method.name](chosen, self._target_spaces).items():
                 metrics.setdefault(module, {}).update(own)
-        return with_caps(places, metrics)
+        return metrics
 
     def _generate_sparsity(self, metrics: Masks) -> Masks:
-        places = self._places()
-        masks = generate_sparsity(metrics, self._target_spaces)
-        closed = self.channels.closed(places, masks)
-        for place in places:
-            masks[place.module][place.target] = closed[place.module][place.target]
-        return cast("Masks", masks)
+        return make_masks(self.channels, self._places(), metrics, self._target_spaces)
 
     def _scores(self) -> Callable[[Any, Any], Mapping[str, Tensor]]:
         if self.method.scores is None:
@@ -214,14 +257,13 @@ class MethodPruner(Pruner):  # type: ignore[misc]
                 "expected neither: alone, the method decides how long it trains (its options say). For training in "
                 "between put a scheduler around it, such as AGPPruner."
             )
-        built = self.method.build(self.options)
-        phases = list(built.phases())
-        if self.method.scores is not None and len(phases) == 1 and not phases[0].epochs:
+        if self.method.scores is not None:
             if self.method.needs_data:
                 self._calls = self._collected(self._batches_to_score())
             self.update_masks(self.generate_masks())
+            self._calls = []
         else:
-            self._run_method(sum(phase.epochs for phase in phases) > 0)
+            self._run_method()
         self._tell_about_masks()
 
     def _batches_to_score(self) -> int:
@@ -241,19 +283,22 @@ class MethodPruner(Pruner):  # type: ignore[misc]
             )
         return calls
 
-    def _run_method(self, trains: bool) -> None:
+    def _run_method(self) -> None:
         """Runs the phases of a method on a copy, then puts its weights and masks into the user's model."""
-        example = self.example_inputs
-        if not self.channels.traced or example is None:
+        example = self.channels.example_inputs
+        if not self.channels.traced:
             raise ConfigError(
                 f"The method '{self.method.name}' prunes channel groups and must run the model, but there is no "
                 "example "
                 "input. Pass dummy_input=, here or to the evaluator."
             )
-        evaluator = None
-        if trains or self.method.needs_data:
+        method, evaluator = self.method.build(self.options), None
+        if self.method.needs_data or any(phase.epochs for phase in method.phases()):
             evaluator = torch_evaluator(self.evaluator, f"The method '{self.method.name}'")
-        whole = self.channels.groups.protecting(not_configured(self.channels.groups, self._places()))
+        places = self._places()
+        refuse_unplannable(type(self).__name__, self.channels, places)
+        verified = verify_groups(plain_copy(self._skeleton, self.bound_model, None), example, self.channels.groups)
+        whole = verified.protecting(not_configured(verified, self.channels.parameters, places))
         run = NniRun(
             model=plain_copy(self._skeleton, self.bound_model, None),
             groups=whole,
@@ -263,7 +308,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
             spaces=self._target_spaces,
             whole=whole,
         )
-        self.outcome = run_method(self.method.build(self.options), run, evaluator)
+        self.outcome = run_method(method, run, evaluator)
         self.gated_model = self.outcome.gated_model
         load_weights(self.bound_model, run)
         masks = self.get_masks()
@@ -301,19 +346,15 @@ class MethodPruner(Pruner):  # type: ignore[misc]
             self._remaining -= 1
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        try:
-            if not self._fired:
-                _logger.warning(
-                    "%s was to prune after %d training steps, but training stopped after %d; it prunes now.",
-                    type(self).__name__,
-                    self._due,
-                    self._steps,
-                )
-                self._fire()
-        finally:
-            if self._recorder is not None:
-                self._recorder.stop()
-                self._recorder = None
+        if not self._fired:
+            _logger.warning(
+                "%s was to prune after %d training steps, but training stopped after %d; it prunes now.",
+                type(self).__name__,
+                self._due,
+                self._steps,
+            )
+            self._fire()
+        self._recorder, self._calls = None, []
         self._tell_about_masks()
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
@@ -344,16 +385,3 @@ class MethodPruner(Pruner):  # type: ignore[misc]
                 len(torn),
                 "; ".join(torn[:5]),
             )
-
-
-def _options(cls: type[MethodPruner], by_position: Sequence[object], by_name: Mapping[str, object]) -> Any:
-    names = list(cls.method.options.model_fields)
-    if len(by_position) > len(names):
-        raise ConfigError(
-            f"{cls.__name__} was given {len(by_position)} arguments after evaluator, expected at most {len(names)}: "
-            f"{', '.join(names) or 'none'}. Pass existed_wrappers and dummy_input by name."
-        )
-    twice = [name for name in names[: len(by_position)] if name in by_name]
-    if twice:
-        raise ConfigError(f"{cls.__name__} was given '{twice[0]}' twice, by position and by name. Expected it once.")
-    return method_options(cls.method, {**dict(zip(names, by_position)), **by_name})

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from nni.compression.base.target_space import PruningTargetSpace, TargetType
+from nni.compression.utils import Scaling
 from torch import Tensor, nn
 
 from nni_prune_ext.errors import ConfigError, ModelError, TraceError
@@ -29,6 +30,7 @@ _logger = logging.getLogger(__name__)
 Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
 """Module name → target name → NNI's target space."""
 Masks = dict[str, dict[str, Tensor]]
+_NAMED_DIMS = {"out_channel": 0, "in_channel": 1}
 _GUESSED_SIZES = (32, 64, 96, 224, 28, 299)
 
 
@@ -70,12 +72,17 @@ def active_places(spaces: Spaces) -> Iterator[Place]:
 
 def _channel_dim(space: PruningTargetSpace) -> int | None:
     """Returns the dimension that NNI's granularity keeps, ``None`` where it is a block or a single element."""
-    dim = {"out_channel": 0, "in_channel": 1}.get(str(space.granularity))
-    if dim is None and isinstance(space.granularity, (list, tuple)):
-        kernel = list(space.granularity) + [-1] * (len(space.shape) - len(space.granularity))
-        ones = [n for n, step in enumerate(kernel) if step == 1]
-        dim = ones[0] if len(ones) == 1 and all(step in (1, -1) for step in kernel) else None
+    dim = _NAMED_DIMS.get(str(space.granularity))
+    if dim is None and not is_finer_than_channels(space.granularity):
+        dim = list(space.granularity).index(1)
     return dim if dim is not None and dim < len(space.shape) else None
+
+
+def is_finer_than_channels(granularity: object) -> bool:
+    """Says whether a granularity masks blocks or elements; a list with a single 1 among -1 is one dimension."""
+    if isinstance(granularity, (list, tuple)):
+        return list(granularity).count(1) != 1 or any(step not in (1, -1) for step in granularity)
+    return granularity not in ("default", *_NAMED_DIMS)
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,14 @@ class ChannelTargets:
     Attributes:
         groups: the traced groups; empty where no example input is known.
         traced: whether there was an example input.
+        example_inputs: what the model was traced with.
+        parameters: names of all parameters of the model.
     """
 
     groups: ChannelGroups
     traced: bool
+    example_inputs: ExampleInputs = ()
+    parameters: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: ExampleInputs | None) -> ChannelTargets:
@@ -98,15 +109,16 @@ class ChannelTargets:
             ModelError: the model does not run on the example inputs.
             TraceError: its channels cannot be followed.
         """
+        parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
         if example_inputs is not None:
-            return cls(trace_channel_groups(model, example_inputs), True)
+            return cls(trace_channel_groups(model, example_inputs), True, example_inputs, parameters)
         for guess in _guessed_inputs(model):
             try:
                 groups = trace_channel_groups(model, guess)
             except (ModelError, TraceError):
                 continue
             _logger.info("No dummy_input was given; the channels were traced with shape %s.", tuple(guess.shape))
-            return cls(groups, True)
+            return cls(groups, True, guess, parameters)
         _logger.warning(
             "No dummy_input was given to the pruner or its evaluator, and %s runs on none of the common shapes that "
             "were tried. Layers that are coupled (residual connections, depthwise convolutions) get masks of their own "
@@ -114,7 +126,7 @@ class ChannelTargets:
             type(model).__name__,
         )
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
-        return cls(ChannelGroups((), (), shapes), False)
+        return cls(ChannelGroups((), (), shapes), False, (), parameters)
 
     def scored_groups(self, places: Sequence[Place]) -> ChannelGroups:
         """Returns the groups that must be scored for these targets: traced ones, and one per target alone."""
@@ -180,7 +192,7 @@ class ChannelTargets:
         for group in self.groups:
             votes = np.zeros(group.num_channels, dtype=np.int64)
             vetoes = np.zeros(group.num_channels, dtype=np.int64)
-            for member in group.by_role(Role.WRITER, Role.DEPTHWISE):
+            for member in self._writers(group):
                 own = kept.get((member.tensor, member.dim), np.ones(0, dtype=np.bool_))
                 if own.size:
                     np.add.at(votes, member.channel, ~own[member.index])
@@ -195,25 +207,30 @@ class ChannelTargets:
     def masks_of(self, plan: PruningPlan, spaces: Spaces) -> Masks:
         """Returns masks for all targets of the layers that write, scale or shift the channels that a plan removes."""
         gone = removed_channels(plan, self.groups)
+        dims = {(place.module, place.target): place.dim for place in active_places(spaces)}
         result: Masks = {}
         for module, own in spaces.items():
             for target, space in own.items():
                 if space.type is not TargetType.PARAMETER or space.target is None:
                     continue
                 mask = torch.ones_like(space.target)
-                dim = 1 if str(space.granularity) == "in_channel" else 0
+                dim = dims.get((module, target)) or 0
                 for group, member in self.groups.holding(f"{module}.{target}".lstrip("."), dim):
                     lost = member.index[gone[group.name][member.channel]] if group.name in gone else member.index[:0]
                     mask.index_fill_(dim, torch.from_numpy(lost).to(mask.device), 0)
                 result.setdefault(module, {})[target] = mask
         return result
 
+    def _writers(self, group: ChannelGroup) -> list[GroupMember]:
+        """Returns the layers that write a group; shortcuts without weights cannot be masked and have no say."""
+        return [m for m in group.by_role(Role.WRITER, Role.DEPTHWISE) if m.tensor in self.parameters]
+
     def torn(self, places: Sequence[Place], masks: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
         """Describes the groups whose layers are masked differently: a speedup keeps those channels."""
         kept = {(p.tensor, p.dim): channel_mask(masks[p.module][p.target], p.dim) for p in places if p.dim is not None}
         found = []
         for group in self.groups:
-            writers = group.by_role(Role.WRITER, Role.DEPTHWISE)
+            writers = self._writers(group)
             masked = [m for m in writers if (m.tensor, m.dim) in kept]
             lost = np.zeros((len(masked), group.num_channels), dtype=np.bool_)
             for row, member in enumerate(masked):
@@ -245,33 +262,51 @@ def masked_share(mask: Tensor) -> float:
 
 
 def short_of_goal(places: Sequence[Place], masks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Describes the targets that miss their ratio by a channel (or element) or more, and those too small for one."""
-    found = []
+    """Describes the targets that miss their ratio by a channel (or element) or more, and those too small for one.
+
+    The ratio of a global group is that of all its elements together.
+    """
+    found, groups = [], dict[str, list[Place]]()
     for place in places:
         mask, goal = masks.get(place.module, {}).get(place.target), place.goal
-        if goal is None or goal == 0 or mask is None:
+        if not goal or mask is None:
+            continue
+        if place.space.global_group_id is not None:
+            groups.setdefault(str(place.space.global_group_id), []).append(place)
             continue
         units = mask.numel() if place.dim is None else mask.shape[place.dim]
         share = masked_share(mask)
-        if share < goal - 1 / units - 1e-9 or (share == 0 and goal > 0):
+        if share < goal - 1 / units - 1e-9 or share == 0:
             found.append(f"'{place.module}' {share:.3f} of {goal:.3f} ({round(share * units)} of {units})")
+    for name, own in groups.items():
+        sizes = [place.space.target.numel() for place in own]
+        share = sum(masked_share(masks[p.module][p.target]) * size for p, size in zip(own, sizes)) / sum(sizes)
+        coarsest = sum(size / (1 if p.dim is None else p.space.shape[p.dim]) for p, size in zip(own, sizes)) / sum(
+            sizes
+        )
+        asked = float(own[0].space.sparse_ratio)
+        if share < asked - coarsest or share == 0:
+            found.append(f"global group {name} {share:.3f} of {asked:.3f} ({len(own)} layers)")
     return found
 
 
-def with_caps(places: Sequence[Place], metrics: Masks) -> Masks:
-    """Returns metrics under which NNI's global ranking respects every target's own least and largest ratio."""
-    for place in places:
-        if place.space.global_group_id is None or place.target not in metrics.get(place.module, {}):
-            continue
-        metric = metrics[place.module][place.target]
-        order = metric.flatten().argsort(stable=True)
-        least = int(metric.numel() * (place.space.min_sparse_ratio or 0.0))
-        most = int(metric.numel() * (place.space.max_sparse_ratio or 1.0))
-        flat = metric.flatten().clone()
-        flat[order[:least]] = -torch.inf
-        flat[order[most:]] = torch.inf
-        metrics[place.module][place.target] = flat.reshape(metric.shape)
-    return metrics
+def turn_transposed(spaces: Spaces) -> None:
+    """Makes the granularities of transposed convolutions mean what they say: their weights hold outputs in dimension 1.
+
+    NNI takes dimension 0 of every weight for the outputs, so that it would mask inputs, and misalign the bias.
+    """
+    for own in spaces.values():
+        for target, space in own.items():
+            module = space._wrapper.module
+            if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+                continue
+            align = space._setting.get("align")
+            if target == "bias" and align is not None and align["module_name"] is None:
+                space._setting["align"] = {**align, "dims": [1]}
+            kernel = {"out_channel": [-1, 1], "in_channel": [1]}.get(str(space.granularity))
+            if target == "weight" and kernel is not None:
+                space._setting["granularity"] = kernel
+                space._scaler = Scaling(kernel, kernel_padding_mode="back", kernel_padding_val=-1)
 
 
 def inputs_of(dummy_input: object) -> ExampleInputs:

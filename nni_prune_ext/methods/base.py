@@ -182,6 +182,7 @@ class MethodSpec:
         scores: importance of every channel of every group, higher = keep, where the method is a criterion. Hosts with
             a schedule of their own (NNI's pruners, torch-pruning's ``BasePruner``) call it as often as they like. It
             looks at ``model``, ``groups``, ``seed``, ``batches`` and ``task_loss`` of the context, and changes nothing.
+        score_options: the options that ``scores`` depends on.
         build_gated: builds the gated network around a compact model with the same configuration and example inputs; its
             weights are then loaded from the artefact. Needed where ``products`` names a gated model.
         demo_options: configuration for a run of about ten seconds on a small network.
@@ -197,5 +198,6 @@ class MethodSpec:
     changes_structure: bool = False
     products: frozenset[Product] = frozenset({"plan"})
     scores: Callable[[MethodContext, Any], Mapping[str, Tensor]] | None = None
+    score_options: frozenset[str] = frozenset()
     build_gated: Callable[[nn.Module, Any, ExampleInputs], nn.Module] | None = None
     demo_options: Mapping[str, object] = field(default_factory=dict)

@@ -197,4 +197,5 @@ TAYLOR = MethodSpec(
     needs_data=True,
     changes_structure=True,
     scores=lambda context, options: taylor_criterion(options, context),
+    score_options=frozenset({"batches"}),
 )

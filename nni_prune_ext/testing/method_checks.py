@@ -85,6 +85,7 @@ def check_declaration(spec: MethodSpec) -> None:
         json.loads(json.dumps(spec.demo_options)) == dict(spec.demo_options), "The demo options are plain JSON values."
     )
     _require(not _refused(spec, spec.demo_options), "The demo options are valid.")
+    _require(spec.score_options <= set(spec.options.model_fields), "Score options are among the options.")
     known = {"plan", "weight_masks", "gated_model"}
     _require(bool(spec.products) and spec.products <= known, f"The products are some of {sorted(known)}.")
 

@@ -18,7 +18,8 @@ from nni_prune_ext.training.method_run import MethodRun
 def prepared(run: MethodRun, phase: Phase) -> Iterator[None]:
     """Sets modes, trainable parameters and memory format; restores them on the model that is current at the end.
 
-    Batch norms that the user has frozen (in evaluation mode, no parameter trainable) stay in evaluation mode.
+    Batch norms that the user has frozen (in evaluation mode, no parameter trainable) stay in evaluation mode. A host
+    that trains sets modes itself.
     """
     modes = {name: module.training for name, module in run.model.named_modules()}
     required = {name: parameter.requires_grad for name, parameter in run.model.named_parameters()}
@@ -28,7 +29,7 @@ def prepared(run: MethodRun, phase: Phase) -> Iterator[None]:
     try:
         for name, parameter in run.model.named_parameters():
             parameter.requires_grad_(phase.trainable(name) if phase.trainable is not None else required[name])
-        if phase.epochs:
+        if phase.epochs and run.host_epoch is None:
             run.model.train()
             for module in frozen:
                 module.eval()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import nni
@@ -13,16 +19,27 @@ import torch
 import torchvision
 from nni.compression import TorchEvaluator
 from nni.compression.distillation import DynamicLayerwiseDistiller
-from nni_bench import IMAGE, LAYERS, batches, channels, config, evaluator, network, shares, training
+from nni_bench import IMAGE, LAYERS, batches, channels, config, evaluator, network, shares, step, training
 from torch import Tensor, nn
 
 from nni_prune_ext.errors import ConfigError
-from nni_prune_ext.methods.base import MethodSpec
+from nni_prune_ext.methods.base import MethodContext, MethodSpec, NoOptions, Outcome, Phase, PruningMethod
+from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.pipeline import method_spec
-from nni_prune_ext.pruning import L1NormPruner, LevelPruner, RandomPruner, TaylorPruner, pruner_for
+from nni_prune_ext.plan import plan_from_channels
+from nni_prune_ext.pruning import (
+    AGPPruner,
+    L1NormPruner,
+    LevelPruner,
+    MethodPruner,
+    RandomPruner,
+    TaylorPruner,
+    pruner_for,
+)
 from nni_prune_ext.registry import plugins
 from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
+from nni_prune_ext.speedup import ModelSpeedup
 
 CRITERIA = [
     name for name in plugins("pruners") if isinstance(s := method_spec(name), MethodSpec) and s.scores is not None
@@ -119,23 +136,37 @@ def test_masks_are_those_of_the_lowest_scores_of_the_group() -> None:
 
 
 def test_the_classes_have_the_arguments_of_nni() -> None:
-    nni_names = list(inspect.signature(nni_pruning.L1NormPruner.__init__).parameters)[1:]
-    own = list(inspect.signature(L1NormPruner).parameters)
+    for ours, theirs in ((L1NormPruner, nni_pruning.L1NormPruner), (TaylorPruner, nni_pruning.TaylorPruner)):
+        expected = list(inspect.signature(theirs.__init__).parameters)[1:]
 
-    assert nni_names == [name for name in own if name in nni_names]
-    assert own.index("existed_wrappers") > own.index("steps") > own.index("evaluator")
-    expected = list(inspect.signature(nni_pruning.TaylorPruner.__init__).parameters)[1:]
-    assert expected == list(inspect.signature(TaylorPruner).parameters)[: len(expected)]
+        assert expected == list(inspect.signature(ours).parameters)[: len(expected)], ours
 
 
-def test_options_are_taken_by_position_and_by_name_and_checked() -> None:
-    assert 2 == L1NormPruner(network(), config(), None, 2).options.steps
-    with pytest.raises(ConfigError, match="'steps' twice"):
-        L1NormPruner(network(), config(), None, 2, steps=2)
-    with pytest.raises(ConfigError, match="at most 4"):
-        L1NormPruner(network(), config(), None, 1, "linear", 0, None, 5)
-    with pytest.raises(ConfigError, match="Known options"):
-        L1NormPruner(network(), config(), sparsity=0.5)
+def test_options_of_the_scores_are_arguments_by_position_and_by_name() -> None:
+    spec = replace(method_spec("taylor"), name="toy")
+    made = type("ToyPruner", (MethodPruner,), {"method": spec})
+    model = network()
+
+    assert 2 == made(model, config(), evaluator(model), 2).options.batches
+    for arguments, options, said in (
+        ((2,), {"batches": 2}, "'batches' twice"),
+        ((2, 3), {}, "at most 1: batches"),
+        ((), {"sparsity": 0.5}, "Known options"),
+        ((), {"batches": 0}, "greater than or equal to 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            made(network(), config(), None, *arguments, **options)
+
+
+@pytest.mark.parametrize("option", [{"steps": 3}, {"schedule": "agp"}, {"ratio_policy": "uniform_ratio"}])
+def test_options_of_cuts_that_nni_schedules_make_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"schedules do that.*AGPPruner\(L1NormPruner"):
+        L1NormPruner(network(), config(), **option)
+
+
+def test_an_example_input_in_the_place_of_the_evaluator_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"is a Tensor, expected an evaluator.*dummy_input="):
+        L1NormPruner(network(), config(), IMAGE)  # type: ignore[arg-type]
 
 
 def test_unwrapped_parameters_are_the_objects_that_they_were() -> None:
@@ -480,3 +511,415 @@ def test_the_training_function_of_the_bench_stops_where_it_is_told() -> None:
     training(batches())(model, Counting(), lambda batch, model: model(batch[0]).sum(), None, 3)  # type: ignore[arg-type]
 
     assert 3 == len(seen)
+
+
+class Tied(nn.Module):
+    """The output layer uses the weights of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.middle(torch.relu(self.first(x)))))
+
+
+def tied_evaluator(model: nn.Module, result: Any = lambda loss: loss, **arguments: Any) -> TorchEvaluator:
+    """Returns an evaluator on made features; ``result`` is the form in which the training step hands over its loss."""
+    torch.manual_seed(3)
+    data = [(torch.randn(16, 8), torch.randint(0, 8, (16,))) for _ in range(4)]
+
+    def train(
+        model: Any,
+        optimizer: Any,
+        training_step: Any,
+        schedule: Any = None,
+        max_steps: Any = None,
+        max_epochs: Any = None,
+    ) -> None:
+        for number in range(max_steps or len(data) * max_epochs):
+            optimizer.zero_grad()
+            handed = training_step(data[number % len(data)], model)
+            loss = handed["loss"] if isinstance(handed, dict) else handed[0] if isinstance(handed, tuple) else handed
+            loss.backward()
+            optimizer.step()
+
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1)
+    return TorchEvaluator(
+        train,
+        optimizer,
+        lambda batch, model: result(nn.functional.cross_entropy(model(batch[0]), batch[1])),
+        **arguments,
+    )
+
+
+FEATURES = torch.zeros(2, 8)
+
+
+class TestTiedWeights:
+    @pytest.mark.parametrize("pruned", [["middle", "last"], ["middle", "first"], ["middle"]])
+    def test_stay_tied_and_keep_what_they_have_learnt(self, pruned: list[str]) -> None:
+        torch.manual_seed(0)
+        model = Tied()
+        before = model.first.weight.detach().clone()
+        given = tied_evaluator(model, dummy_input=FEATURES)
+        config_list = [{"op_names": pruned, "sparse_ratio": 0.5}]
+
+        pruner = SteppedPruner(model, config_list, given, steps=2, epochs_per_step=1)
+        pruner.compress()
+        pruner.unwrap_model()
+
+        assert model.first.weight is model.last.weight
+        assert not torch.equal(before, model.first.weight)
+
+    def test_stay_tied_under_a_schedule(self) -> None:
+        torch.manual_seed(0)
+        model = Tied()
+        before = model.first.weight.detach().clone()
+        given = tied_evaluator(model, dummy_input=FEATURES)
+        pruner = AGPPruner(L1NormPruner(model, [{"op_names": ["middle", "last"], "sparse_ratio": 0.5}], given), 2, 2)
+
+        pruner.compress(4, None)
+        trained = model.last._nni_wrapper.weight.detach().clone()
+        pruner.unwrap_model()
+
+        assert model.first.weight is model.last.weight
+        assert torch.equal(trained, model.first.weight)
+        assert not torch.equal(before, trained)
+
+
+class SteppedPruner(MethodPruner):
+    """L1 in several cuts with training between, as a method that decides by itself and gives no scores."""
+
+    method = replace(method_spec("l1"), scores=None)
+
+
+class TestMethodsInSteps:
+    """Methods with phases of their own, trained by the user's function."""
+
+    @pytest.mark.parametrize("form", ["tensor", "dict", "tuple"])
+    def test_take_the_loss_in_every_form_that_nni_allows(self, form: str) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        forms: dict[str, Any] = {
+            "tensor": lambda loss: loss,
+            "dict": lambda loss: {"loss": loss, "more": 1},
+            "tuple": lambda loss: (loss, 1),
+        }
+        given = tied_evaluator(model, forms[form], dummy_input=FEATURES)
+
+        pruner = SteppedPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], given, steps=2, epochs_per_step=1)
+        _, masks = pruner.compress()
+
+        assert 0.5 == shares(masks)["0"]
+
+    def test_leave_modes_to_the_user(self) -> None:
+        model = network()
+        model.train()
+        model.bn1.eval()
+        frozen = model.bn1.running_mean.clone()
+        moving = model.bn2.running_mean.clone()
+        given = evaluator(model, dummy_input=IMAGE)
+
+        pruner = SteppedPruner(model, config(0.5), given, steps=2, epochs_per_step=1)
+        pruner.compress()
+        pruner.unwrap_model()
+
+        assert torch.equal(frozen, model.bn1.running_mean)
+        assert not torch.equal(moving, model.bn2.running_mean)
+        assert (False, True) == (model.bn1.training, model.bn2.training)
+
+    def test_prune_a_network_whose_shortcuts_have_no_weights(self) -> None:
+        torch.manual_seed(0)
+        model = build_model("resnet20", in_channels=1)
+        data = [(torch.randn(4, 1, 16, 16), torch.tensor([1, 2, 3, 4]))]
+        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
+        given = TorchEvaluator(training(data), optimizer, step, dummy_input=torch.zeros(2, 1, 16, 16))
+
+        pruner = SteppedPruner(
+            model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], given, steps=2, epochs_per_step=1
+        )
+        _, masks = pruner.compress()
+
+        assert {0.5} == set(shares(masks).values())
+
+    def test_run_the_hooks_around_all_optimizers_of_the_user(self) -> None:
+        model = network()
+        told: list[str] = []
+
+        class Watching(PruningMethod):
+            def phases(self) -> list[Phase]:
+                return [Phase("only", 1)]
+
+            def after_backward(self, context: MethodContext) -> None:
+                told.append("backward")
+
+            def after_step(self, context: MethodContext) -> None:
+                with torch.no_grad():
+                    context.model.fc1.weight[:4] = 0
+                told.append("step")
+
+            def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
+                told.append(f"zero: {bool((context.model.fc1.weight[:4] == 0).all())}")
+
+            def finish(self, context: MethodContext) -> Outcome:
+                return Outcome(plan_from_channels(context.groups, {}))
+
+        optimizers = [
+            nni.trace(torch.optim.SGD)(model.conv1.parameters(), lr=0.1),
+            nni.trace(torch.optim.SGD)(model.fc1.parameters(), lr=0.1, momentum=0.9),
+        ]
+
+        def train(
+            model: Any, optimizers: Any, training_step: Any, schedule: Any, max_steps: Any, max_epochs: Any
+        ) -> None:
+            for batch in batches(3):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                training_step(batch, model).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+
+        spec = MethodSpec("watching", "watches", "none", NoOptions, lambda _: Watching(), needs_data=True)
+        made = type("WatchingPruner", (MethodPruner,), {"method": spec})
+
+        made(model, config(0.5), TorchEvaluator(train, optimizers, step, dummy_input=IMAGE)).compress()
+
+        assert [*["backward", "step"] * 3, "zero: True"] == told
+
+    def test_say_that_the_training_function_made_no_step(self) -> None:
+        model = network()
+        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1)
+        given = TorchEvaluator(lambda *arguments: None, optimizer, step, dummy_input=IMAGE)
+
+        with pytest.raises(ConfigError, match="made no step when asked for max_epochs=1"):
+            SteppedPruner(model, config(0.5), given, steps=2, epochs_per_step=1).compress()
+
+        assert given.model is None
+
+    @pytest.mark.parametrize("setting", [{"sparse_threshold": 1.0}, {"sparse_ratio": 0.5, "granularity": "in_channel"}])
+    def test_refuse_targets_that_they_cannot_follow(self, setting: dict[str, Any]) -> None:
+        with pytest.raises(
+            ConfigError, match=rf"'conv2' has the {'granularity' if len(setting) > 1 else 'sparse_threshold'}"
+        ):
+            SteppedPruner(network(), [{"op_names": ["conv2"], **setting}], dummy_input=IMAGE, steps=2).compress()
+
+
+class Named(nn.Module):
+    """A network that answers with a dict or a tuple."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.net, self.form = network(), form
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.net(x)
+        return {"out": out} if self.form == "dict" else (out, x)
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+def test_a_training_step_on_structured_outputs_is_repeated(form: str) -> None:
+    model = Named(form)
+
+    def train(model: Any, optimizer: Any, training_step: Any, schedule: Any, max_steps: int, max_epochs: Any) -> None:
+        for images, labels in batches()[:max_steps]:
+            optimizer.zero_grad()
+            training_step(model(images), labels).backward()
+            optimizer.step()
+
+    def on_output(output: Any, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output["out"] if form == "dict" else output[0], labels)
+
+    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.05)
+    config_list = [{"op_names": [f"net.{layer}" for layer in LAYERS], "sparse_ratio": 0.75}]
+
+    _, found = TaylorPruner(
+        model, config_list, TorchEvaluator(train, optimizer, on_output), training_steps=4
+    ).compress()
+
+    plain = network()
+    _, expected = TaylorPruner(plain, config(), evaluator(plain), training_steps=4).compress()
+    assert all(torch.equal(expected[layer]["weight"], found[f"net.{layer}"]["weight"]) for layer in LAYERS)
+
+
+class TestNothingIsLeftBehind:
+    @pytest.mark.parametrize("outer", [AGPPruner, nni_pruning.AGPPruner, None])
+    def test_when_training_raises_after_some_steps(self, outer: Any) -> None:
+        model = network()
+        data = batches(3)
+        left = 2
+
+        def breaking(batch: Any, model: nn.Module) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise RuntimeError("the user's error")
+            return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.05)
+        given = TorchEvaluator(training(data), optimizer, breaking)
+        inner = TaylorPruner(model, config(), given, 3)
+        pruner = inner if outer is None else outer(inner, 3, 2)
+
+        with pytest.raises(RuntimeError, match="the user's error"):
+            pruner.compress(*(() if outer is None else (6, None)))
+        if given.model is not None:  # NNI's own schedules leave it bound
+            given.unbind_model()
+        pruner.unwrap_model()
+
+        assert not model._forward_hooks
+        copy.deepcopy(model)
+
+    def test_when_a_constructor_refuses(self) -> None:
+        model = network()
+
+        with pytest.raises(ConfigError, match=r"\[4, 4\]"):
+            RandomPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.5, "granularity": [4, 4]}])
+
+        assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+    def test_when_a_compressor_is_not_taken_over(self) -> None:
+        model = network()
+        level = LevelPruner(model, [{"op_names": ["fc2"], "sparse_ratio": 0.5}])
+
+        with pytest.raises(ConfigError, match="conv9"):
+            L1NormPruner.from_compressor(level, [{"op_names": ["conv9"], "sparse_ratio": 0.5}])
+
+        assert level._is_wrapped
+        level.compress()
+        model(IMAGE)
+        assert 0.5 == float((model.fc2.weight == 0).double().mean())
+
+    def test_of_the_batches_that_were_scored_with(self) -> None:
+        model = network()
+        pruner = TaylorPruner(model, config(), evaluator(model), 3)
+
+        pruner.compress()
+
+        assert not pruner._calls
+
+
+class TestPlan:
+    @pytest.mark.parametrize("entry", [{"granularity": "in_channel"}, {"target_names": ["weight"]}])
+    def test_is_what_the_speedup_removes(self, entry: dict[str, Any]) -> None:
+        model = network()
+        layer = "fc2" if "granularity" in entry else "bn1"
+        pruner = L1NormPruner(model, [{"op_names": [layer], "sparse_ratio": 0.5, **entry}], dummy_input=IMAGE)
+        _, masks = pruner.compress()
+
+        plan = pruner.plan()
+
+        pruner.unwrap_model()
+        speedup = ModelSpeedup(model, IMAGE, masks)
+        speedup.speedup_model()
+        assert plan.num_removed > 0
+        assert plan == speedup.removal.plan
+
+    def test_of_padded_shortcuts_too(self) -> None:
+        torch.manual_seed(0)
+        model, image = build_model("resnet20"), torch.zeros(2, 3, 32, 32)
+        pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], dummy_input=image)
+        _, masks = pruner.compress()
+
+        plan = pruner.plan()
+
+        pruner.unwrap_model()
+        speedup = ModelSpeedup(model, image, masks)
+        speedup.speedup_model()
+        assert plan == speedup.removal.plan
+
+
+class TestGlobalGroups:
+    def test_mask_the_share_of_all_weights_that_is_asked_for(self) -> None:
+        for ratio in (0.1, 0.3, 0.5, 0.8):
+            _, masks = L1NormPruner(network(), config(ratio, global_group_id=0)).compress()
+
+            sizes = {layer: masks[layer]["weight"].numel() for layer in LAYERS}
+            masked = sum(share * sizes[layer] for layer, share in shares(masks).items()) / sum(sizes.values())
+            # the coarsest step is a channel of conv2 and conv3 together
+            assert ratio - (72 + 144) / sum(sizes.values()) < masked <= ratio + 1e-9
+
+    def test_take_the_lowest_scores_of_all_layers_first(self) -> None:
+        model = network()
+        pruner = L1NormPruner(model, config(0.5, global_group_id=0), dummy_input=IMAGE)
+        tensors = dict(network().named_parameters())
+        scores = {g.name: group_importance(g, tensors, l1_norm) for g in pruner.channels.groups}
+
+        _, masks = pruner.compress()
+
+        kept = {name: channels(masks[name]["weight"]) for name in scores}
+        lowest_kept = min(float(scores[name][kept[name]].min()) for name in scores)
+        gone = [float(s) for name in scores for c, s in enumerate(scores[name]) if c not in kept[name]]
+        assert max(gone) <= lowest_kept
+
+    def test_do_not_depend_on_the_order_of_sets(self, tmp_path: Path) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(
+            "from nni_bench import config, network\n"
+            "from nni_prune_ext.pruning import L1NormPruner\n"
+            "_, masks = L1NormPruner(network(), config(0.5, global_group_id=0)).compress()\n"
+            "print(sorted((n, int((own['weight'] == 0).sum())) for n, own in masks.items()))\n"
+        )
+        found = set()
+        for seed in ("0", "1", "3"):
+            environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
+            environment["OMP_NUM_THREADS"] = "1"
+            command = [sys.executable, "-W", "ignore", str(program)]
+            found.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+        assert 1 == len(found), found
+
+    def test_under_a_schedule_too(self) -> None:
+        model = network()
+
+        _, masks = AGPPruner(L1NormPruner(model, config(0.5, global_group_id=0), evaluator(model)), 2, 2).compress(
+            4, None
+        )
+
+        sizes = {layer: masks[layer]["weight"].numel() for layer in LAYERS}
+        masked = sum(share * sizes[layer] for layer, share in shares(masks).items()) / sum(sizes.values())
+        assert 0.45 < masked <= 0.5 + 1e-9
+
+
+class Upwards(nn.Module):
+    """A small decoder: 8 channels in, 16 out of the transposed convolution."""
+
+    def __init__(self, out: int = 16, groups: int = 1) -> None:
+        super().__init__()
+        self.down, self.up, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.ConvTranspose2d(8, out, 2, groups=groups),
+            nn.Conv2d(out, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.up(torch.relu(self.down(x)))))
+
+
+class TestTransposedConvolutions:
+    @pytest.mark.parametrize("out", [8, 16])
+    def test_lose_output_channels(self, out: int) -> None:
+        torch.manual_seed(0)
+        model = Upwards(out)
+        with torch.no_grad():
+            model.up.weight[:, : out // 2] *= 1e-3
+        image = torch.zeros(1, 3, 9, 9)
+        pruner = L1NormPruner(model, [{"op_names": ["up"], "sparse_ratio": 0.5}], dummy_input=image)
+
+        _, masks = pruner.compress()
+
+        kept = (masks["up"]["weight"] != 0).any(dim=(0, 2, 3)).nonzero().flatten().tolist()
+        assert list(range(out // 2, out)) == kept
+        assert list(range(out // 2, out)) == masks["up"]["bias"].nonzero().flatten().tolist()
+        pruner.unwrap_model()
+        ModelSpeedup(model, image, masks).speedup_model()
+        assert (out // 2, 8) == (model.up.out_channels, model.down.out_channels)
+
+    def test_lose_input_channels_by_in_channel(self) -> None:
+        model = Upwards()
+        entry = {"op_names": ["up"], "sparse_ratio": 0.5, "granularity": "in_channel", "target_names": ["weight"]}
+
+        _, masks = L1NormPruner(model, [entry], dummy_input=torch.zeros(1, 3, 9, 9)).compress()
+
+        assert 4 == int((masks["up"]["weight"] != 0).any(dim=(1, 2, 3)).sum())
