@@ -1,8 +1,8 @@
 """NNI pruners and schedulers, where NNI has them: change ``nni.compression.pruning`` to ``nni_prune_ext.pruning``.
 
 Every registered method is a pruner and every registered scheduler a scheduled pruner; those of other packages are made
-by
-``pruner_for`` and ``scheduled_pruner_for``. LevelPruner, SlimPruner and MovementPruner are NNI's own classes.
+by ``pruner_for`` and ``scheduled_pruner_for``. LevelPruner, SlimPruner and MovementPruner are NNI's algorithms in
+subclasses of NNI's classes, which check their config_list and leave nothing behind.
 See docs/how-to/migrate_from_nni.md.
 """
 

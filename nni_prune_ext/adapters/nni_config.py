@@ -6,23 +6,31 @@ What NNI's own schema refuses comes through as NNI's error, unchanged.
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
+from nni.compression.base.compressor import register_scalers
 from nni.compression.base.config import default_config_schema, select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import INPUT_PREFIX, OUTPUT_PREFIX, PruningSetting
-from torch import nn
+from nni.compression.base.target_space import TargetType
+from torch import Tensor, nn
 
+from nni_prune_ext.adapters.nni_targets import turn_transposed
 from nni_prune_ext.errors import ConfigListError
 
 Entry = dict[str, Any]  # what the user writes; the schema and the checks below say what may be in it
+Shape = tuple[int, ...]
 _ACTIVE = ("sparse_ratio", "sparse_threshold")
+_GRANULARITY = "out_channel"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConfiguredTarget:
     """One tensor that an entry configures, with its settings as NNI completes them."""
 
@@ -30,6 +38,18 @@ class ConfiguredTarget:
     target: str
     entry: int
     setting: Mapping[str, Any]
+    layer: nn.Module
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape of the parameter; ``None`` for an input, an output, or a parameter that the layer goes without."""
+        parameter = getattr(self.layer, self.target, None)
+        return tuple(parameter.shape) if isinstance(parameter, Tensor) else None
+
+    @property
+    def outside(self) -> bool:
+        """Says whether the target is an input or an output."""
+        return self.target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
 
     @property
     def active(self) -> bool:
@@ -41,8 +61,32 @@ class ConfiguredTarget:
         return f"'{self.target}' of '{self.module}' (entry {self.entry})"
 
 
-def check_config_list(model: nn.Module, config_list: Sequence[Entry]) -> tuple[ConfiguredTarget, ...]:
+@dataclass(frozen=True)
+class _Pattern:
+    """What is made of the settings of a parameter.
+
+    Attributes:
+        scaler: NNI's ``Scaling``; ``None`` where every element counts.
+        metric: the shape of its scores.
+        mask: the shape of its mask, 1 where a mask is the same all along a dimension.
+        dims: the dimensions of its source that it follows.
+    """
+
+    scaler: Any
+    metric: Shape
+    mask: Shape
+    dims: tuple[int, ...]
+
+
+def check_config_list(
+    model: nn.Module, config_list: Sequence[Entry], granularity: str | None = _GRANULARITY
+) -> tuple[ConfiguredTarget, ...]:
     """Checks a config_list against a model that is not wrapped; nothing is changed.
+
+    Args:
+        model: the model to prune.
+        config_list: NNI's.
+        granularity: what the pruner takes for NNI's ``default``; ``None`` for single elements.
 
     Returns:
         every configured target, by entry and name.
@@ -57,15 +101,14 @@ def check_config_list(model: nn.Module, config_list: Sequence[Entry]) -> tuple[C
         or not all(isinstance(e, dict) for e in config_list)
     ):
         raise ConfigListError(
-            f"The config_list is {_short(config_list)}, expected a list of at least one dict such as "
-            "{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}. See docs/how-to/migrate_from_nni.md."
+            f"The config_list is {_short(config_list)}, expected a list of at least one dict such as {{'op_types': "
+            "['Conv2d'], 'sparse_ratio': 0.5}. See docs/how-to/migrate_from_nni.md."
         )
     wrapped = next((name for name, module in model.named_modules() if hasattr(module, "_nni_wrapper")), None)
     if wrapped is not None:
         raise ConfigListError(
             f"'{wrapped}' is still wrapped by another pruner, expected a plain model. Call that pruner's "
-            "unwrap_model() "
-            "first, or make this one with from_compressor."
+            "unwrap_model() first, or make this one with from_compressor."
         )
     entries = cast("list[Entry]", trans_legacy_config_list(copy.deepcopy(list(config_list))))
     schema = default_config_schema("pruning")
@@ -74,15 +117,15 @@ def check_config_list(model: nn.Module, config_list: Sequence[Entry]) -> tuple[C
         schema.validate(entry)
         _check_names(model, number, entry)
         selected, settings, _ = select_modules_by_config(model, entry)
-        if not selected:
+        if not selected and "exclude" not in config_list[number]:  # NNI turns its exclusions of version 2 into entries
             raise ConfigListError(
                 f"Entry {number} of the config_list, {_short(entry)}, selects no module of {type(model).__name__}, "
                 "expected at least one. Widen op_types, op_names or op_names_re, or exclude less."
             )
         for name in sorted(selected):
             targets += _module_targets(number, name, selected[name], settings)
-    _check_each(targets)
-    _check_together(targets)
+    patterns = _check_each(targets, granularity)
+    _check_together(targets, patterns)
     return tuple(targets)
 
 
@@ -90,7 +133,12 @@ def _check_names(model: nn.Module, number: int, entry: Entry) -> None:
     """Refuses names, types and patterns that nothing in the model has: a slip would prune, or spare, nothing."""
     modules = dict(model.named_modules(remove_duplicate=False))
     types = {type(module).__name__ for module in modules.values()}
-    known = {"op_names": modules.keys(), "exclude_op_names": modules.keys(), "op_types": types}
+    known: dict[str, Iterable[str]] = {
+        "op_names": modules.keys(),
+        "exclude_op_names": modules.keys(),
+        "op_types": types,
+        "exclude_op_types": types,
+    }
     for key, names in known.items():
         for name in entry.get(key) or ():
             if name not in names:
@@ -100,12 +148,24 @@ def _check_names(model: nn.Module, number: int, entry: Entry) -> None:
                     f"Entry {number} of the config_list names '{name}' in {key}, which {type(model).__name__} does not "
                     f"have; {hint} Name modules as model.named_modules() does, types by their class name."
                 )
-    for pattern in entry.get("op_names_re") or ():
-        if not any(re.match(pattern, name) for name in modules):
-            raise ConfigListError(
-                f"The pattern '{pattern}' in op_names_re of entry {number} matches no module of "
-                f"{type(model).__name__}, expected at least one. It is matched from the beginning of the name."
-            )
+    for key in ("op_names_re", "exclude_op_names_re"):
+        for pattern in entry.get(key) or ():
+            _check_pattern(f"The pattern '{pattern}' in {key} of entry {number}", pattern, model, modules)
+
+
+def _check_pattern(place: str, pattern: str, model: nn.Module, names: Iterable[str]) -> None:
+    try:
+        found = any(re.match(pattern, name) for name in names)
+    except re.error as error:
+        raise ConfigListError(
+            f"{place} is no regular expression ({error}), expected one as Python's re has them, such as 'layer1[.].*'. "
+            "Write a plain name into op_names or exclude_op_names."
+        ) from error
+    if not found:
+        raise ConfigListError(
+            f"{place} matches no module of {type(model).__name__}, expected at least one. It is matched from the "
+            "beginning of the name. Correct it, or leave it out."
+        )
 
 
 def _module_targets(number: int, name: str, module: nn.Module, settings: Entry) -> list[ConfiguredTarget]:
@@ -123,10 +183,12 @@ def _module_targets(number: int, name: str, module: nn.Module, settings: Entry) 
             f"Entry {number} of the config_list names the target {error} of '{name}', a {kind}, without settings for "
             f"it; expected one of {', '.join(PruningSetting.registry[kind])}. Add it to target_settings."
         ) from error
-    return [ConfiguredTarget(name, target, number, setting) for target, setting in found.items()]
+    return [ConfiguredTarget(name, target, number, setting, module) for target, setting in found.items()]
 
 
-def _check_each(targets: Sequence[ConfiguredTarget]) -> None:
+def _check_each(targets: Sequence[ConfiguredTarget], granularity: str | None) -> dict[ConfiguredTarget, _Pattern]:
+    """Checks every target alone; returns what is masked of each parameter."""
+    patterns = {}
     for place in targets:
         setting = place.setting
         ratio, least, most = (setting.get(key) for key in ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio"))
@@ -138,8 +200,7 @@ def _check_each(targets: Sequence[ConfiguredTarget]) -> None:
             raise ConfigListError(
                 f"The min_sparse_ratio of {place} is {least:g}, above its max_sparse_ratio {most:g}. Exchange them."
             )
-        outside = place.target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
-        if place.active and outside:
+        if place.active and place.outside:
             raise ConfigListError(
                 f"{place} is to be pruned by itself, expected a parameter: inputs and outputs have no values of their "
                 "own to score. Give it an 'align' with the weight of a layer instead."
@@ -149,9 +210,46 @@ def _check_each(targets: Sequence[ConfiguredTarget]) -> None:
                 f"{place} has neither sparse_ratio nor sparse_threshold nor align, expected one of them. Add a ratio, "
                 "or leave the target out of target_names."
             )
+        if not place.outside and not isinstance(getattr(place.layer, place.target, 0), (Tensor, type(None))):
+            raise ConfigListError(
+                f"{place} is no parameter of this {type(place.layer).__name__}, expected one of "
+                f"{_some(place.layer._parameters)}. Correct target_names and target_settings."
+            )
+        if place.shape is not None:
+            patterns[place] = _pattern(place, granularity)
+    return patterns
 
 
-def _check_together(targets: Sequence[ConfiguredTarget]) -> None:
+def _pattern(place: ConfiguredTarget, default: str | None) -> _Pattern:
+    """Makes of the settings, on a tensor without values, what the pruners make of them on the wrapped layer."""
+    assert place.shape is not None
+    granularity, values = place.setting.get("granularity"), torch.empty(place.shape, device="meta")
+    space = SimpleNamespace(
+        granularity=granularity,
+        _target_type=TargetType.PARAMETER,
+        _scaler=None,
+        _setting=dict(place.setting),
+        _wrapper=SimpleNamespace(module=place.layer),
+    )
+    spaces = cast("Any", {place.module: {place.target: space}})
+    try:
+        register_scalers(spaces, lambda _: default)
+        turn_transposed(spaces)
+        dims = tuple((space._setting.get("align") or {"dims": ()})["dims"])
+        if space._scaler is None:
+            return _Pattern(None, place.shape, place.shape, dims)
+        metric = space._scaler.shrink(values, keepdim=True)
+        mask = space._scaler.expand(metric, list(place.shape), keepdim=True, full_expand=False)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigListError(
+            f"The granularity {granularity!r} of {place}, of shape {_sizes(place.shape)}, does not fit; expected "
+            "'out_channel' (dimension 0), 'in_channel' (dimension 1), or a list with one step per dimension that "
+            "divides its size, -1 for all of it. Change the granularity, or exclude the layer."
+        ) from error
+    return _Pattern(space._scaler, tuple(metric.shape), tuple(mask.shape), dims)
+
+
+def _check_together(targets: Sequence[ConfiguredTarget], patterns: Mapping[ConfiguredTarget, _Pattern]) -> None:
     seen: dict[tuple[str, str], ConfiguredTarget] = {}
     for place in targets:
         earlier = seen.setdefault((place.module, place.target), place)
@@ -170,8 +268,29 @@ def _check_together(targets: Sequence[ConfiguredTarget]) -> None:
                 f"{place} is aligned with '{align['target_name']}' of '{align['module_name'] or place.module}', which "
                 "no entry prunes. Prune it, or leave the aligned target out."
             )
+        if place in patterns and source in patterns:
+            _check_alignment(place, patterns[place], source, patterns[source].mask)
     for key in ("dependency_group_id", "global_group_id"):
-        _check_groups(key, [place for place in targets if place.active and place.setting.get(key) is not None])
+        members = [place for place in targets if place.active and place.setting.get(key) is not None]
+        _check_groups(key, members)
+        if key == "dependency_group_id":
+            _check_fusion([place for place in members if place in patterns], patterns)
+
+
+def _check_alignment(place: ConfiguredTarget, pattern: _Pattern, source: ConfiguredTarget, mask: Shape) -> None:
+    """Refuses a target that does not have as many values as the mask that it follows."""
+    sizes = [mask[dim] for dim in sorted({dim % len(mask) for dim in pattern.dims if -len(mask) <= dim < len(mask)})]
+    taken = torch.empty(sizes, device="meta")
+    try:
+        if pattern.scaler is not None:
+            taken = pattern.scaler.expand(taken, list(place.shape or ()))
+        taken.expand(place.shape or ())
+    except (AssertionError, IndexError, RuntimeError) as error:
+        raise ConfigListError(
+            f"{place}, of shape {_sizes(place.shape or ())}, cannot take the mask of {source}, which has "
+            f"{_sizes(sizes)} values along the dims of the alignment; expected as many as the target. Align it with "
+            "another layer or dimension, or leave it out of target_names."
+        ) from error
 
 
 def _check_groups(key: str, members: Sequence[ConfiguredTarget]) -> None:
@@ -179,11 +298,43 @@ def _check_groups(key: str, members: Sequence[ConfiguredTarget]) -> None:
     for place in members:
         other = first.setdefault(place.setting[key], place)
         ratio, expected = place.setting.get("sparse_ratio"), other.setting.get("sparse_ratio")
-        if ratio is None or ratio != expected:
+        if ratio is None:
             raise ConfigListError(
-                f"{place} has the sparse_ratio {ratio}, but {other}, of the same {key} {place.setting[key]!r}, has "
-                f"{expected}; expected one ratio for the group. Set them alike, or use two groups."
+                f"{place} has the {key} {place.setting[key]!r} and a sparse_threshold, which cannot be shared; "
+                f"expected a sparse_ratio in a group. Give a ratio, or leave the {key} out."
             )
+        if ratio != expected:
+            raise ConfigListError(
+                f"{place} has the sparse_ratio {ratio:g}, but {other}, of the same {key} {place.setting[key]!r}, has "
+                f"{expected:g}; expected one ratio for the group. Set them alike, or use two groups."
+            )
+
+
+def _check_fusion(members: Sequence[ConfiguredTarget], patterns: Mapping[ConfiguredTarget, _Pattern]) -> None:
+    """Refuses dependency groups whose scores cannot be averaged, or not be divided into their blocks."""
+    groups: dict[object, list[ConfiguredTarget]] = {}
+    for place in members:
+        groups.setdefault(place.setting["dependency_group_id"], []).append(place)
+    for number, group in groups.items():
+        first = patterns[group[0]].metric
+        for place in group:
+            if patterns[place].metric != first:
+                raise ConfigListError(
+                    f"{place} is masked in {_sizes(patterns[place].metric)} parts, but {group[0]}, of the same "
+                    f"dependency_group_id {number!r}, in {_sizes(first)}; expected layers of one kind, width and "
+                    "granularity. Use two groups, or leave the id out."
+                )
+        blocks = math.lcm(*(place.setting.get("internal_metric_block") or 1 for place in group))
+        if math.prod(first) % blocks:
+            raise ConfigListError(
+                f"The internal_metric_block of the dependency_group_id {number!r} ({group[0]} and {len(group) - 1} "
+                f"more) is {blocks}, expected a divisor of its {math.prod(first)} parts. Correct it: it is the number "
+                "of groups of a convolution."
+            )
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "no"
 
 
 def _short(value: object) -> str:
@@ -191,6 +342,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
-def _some(names: object) -> str:
-    found = [repr(name) for name in cast("Sequence[str]", list(cast("Any", names))) if name][:6]
-    return f"{', '.join(found)}, …" if found else "none"
+def _some(names: Iterable[str]) -> str:
+    found = [repr(name) for name in names if name]
+    return ", ".join([*found[:6], "…"] if len(found) > 6 else found) or "none"

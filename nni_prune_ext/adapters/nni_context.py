@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nni.compression.base.compressor import Pruner
+from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
@@ -219,6 +219,18 @@ def put_back(originals: Parameters, pruner: Pruner) -> None:
 def _pruned(originals: Parameters, pruner: Pruner) -> list[tuple[tuple[str, str], nn.Parameter]]:
     keys = [(name, target) for name, own in pruner._target_spaces.items() for target in own]
     return [(key, originals[key]) for key in keys if key in originals]
+
+
+@contextmanager
+def wrapped_again(compressor: Compressor) -> Iterator[None]:
+    """Wraps a compressor again that was unwrapped in a ``with`` block which raised."""
+    wrapped = compressor._is_wrapped
+    try:
+        yield
+    except BaseException:
+        if wrapped and not compressor._is_wrapped:
+            compressor.wrap_model()
+        raise
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:

@@ -242,8 +242,7 @@ class EvaluatorTraining:
         if not losses:
             raise ConfigError(
                 "The training_func of the evaluator made no step when asked for max_epochs=1. Expected one epoch. "
-                "Make it "
-                "call training_step on every batch, and heed max_epochs."
+                "Make it call training_step on every batch, and heed max_epochs."
             )
         return losses
 

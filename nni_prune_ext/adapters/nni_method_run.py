@@ -58,9 +58,9 @@ def refuse_unplannable(own: str, channels: ChannelTargets, places: Sequence[Plac
         if place.goal is None or not written:
             key = "sparse_threshold" if place.goal is None else "granularity"
             raise ConfigError(
-                f"'{place.target}' of '{place.module}' has the {key} {getattr(place.space, key)!r}, but {own} "
-                "decides over "
-                "channels in several steps. Expected a sparse_ratio of output channels. Prune in one step, or set that."
+                f"'{place.target}' of '{place.module}' has the {key} {getattr(place.space, key)!r}, but {own} decides "
+                "over channels in several steps. Expected a sparse_ratio of output channels. Prune in one step, or "
+                "set that."
             )
 
 

@@ -42,8 +42,8 @@ def checked_options(
     own_cuts = [name for name in by_name if name in spec.options.model_fields and name not in names]
     if own_cuts:
         raise ConfigError(
-            f"{own} was given '{own_cuts[0]}', which says how the method '{spec.name}' makes cuts of its "
-            f"own; in NNI, schedules do that. Expected {', '.join(names) or 'no options'}. Put a scheduler around it: "
+            f"{own} was given '{own_cuts[0]}', which says how the method '{spec.name}' makes cuts of its own; in NNI, "
+            f"schedules do that. Expected {', '.join(names) or 'no options'}. Put a scheduler around it: "
             f"AGPPruner({own}(…), interval_steps, total_times)."
         )
     return method_options(spec, {**dict(zip(names, by_position)), **by_name})

@@ -35,6 +35,7 @@ from nni_prune_ext.adapters.nni_context import (
     plain_copy,
     put_back,
     share_parameters,
+    wrapped_again,
 )
 from nni_prune_ext.adapters.nni_evaluator import (
     StepCall,
@@ -150,13 +151,8 @@ class MethodPruner(Pruner):  # type: ignore[misc]
     @classmethod
     def _taken_over(cls, compressor: Compressor, config_list: Sequence[Entry], **arguments: object) -> MethodPruner:
         """Lets NNI make the pruner; if that is refused, the compressor is as it was."""
-        wrapped = compressor._is_wrapped
-        try:
+        with wrapped_again(compressor):
             made = Compressor.from_compressor.__func__(cls, compressor, list(config_list), **arguments)
-        except Exception:
-            if wrapped and not compressor._is_wrapped:
-                compressor.wrap_model()
-            raise
         return cast("MethodPruner", made)
 
     def compress(
@@ -207,8 +203,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
                 raise ConfigError(
                     f"The granularity {granularity!r} of {place} is finer than channels, but the method "
                     f"'{self.method.name}' scores channels. Expected 'out_channel' or 'in_channel'; or use "
-                    "LevelPruner, "
-                    "L1NormPruner, L2NormPruner or FPGMPruner."
+                    "LevelPruner, L1NormPruner, L2NormPruner or FPGMPruner."
                 )
 
     # NNI's three steps: data, metrics, masks
@@ -242,9 +237,8 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         if self.method.scores is None:
             raise ConfigError(
                 f"The method '{self.method.name}' decides in phases of its own and gives no scores, so an outer "
-                "schedule "
-                "or fusion cannot drive it. Expected a criterion, such as l1 or taylor; use the method alone: "
-                f"{type(self).__name__}(model, config_list, evaluator).compress()."
+                "schedule or fusion cannot drive it. Expected a criterion, such as l1 or taylor; use the method "
+                f"alone: {type(self).__name__}(model, config_list, evaluator).compress()."
             )
         return self.method.scores
 
@@ -289,8 +283,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         if not self.channels.traced:
             raise ConfigError(
                 f"The method '{self.method.name}' prunes channel groups and must run the model, but there is no "
-                "example "
-                "input. Pass dummy_input=, here or to the evaluator."
+                "example input. Pass dummy_input=, here or to the evaluator."
             )
         method, evaluator = self.method.build(self.options), None
         if self.method.needs_data or any(phase.epochs for phase in method.phases()):
@@ -339,7 +332,14 @@ class MethodPruner(Pruner):  # type: ignore[misc]
 
     def _fire(self) -> None:
         if self._recorder is not None:
-            self._calls = list(self._recorder.calls)
+            self._calls, wanted = list(self._recorder.calls), self._batches_to_score()
+            if len(self._calls) < wanted:
+                _logger.warning(
+                    "%s scores with %d batches, but only %d steps were made so far; it scores with these.",
+                    type(self).__name__,
+                    wanted,
+                    len(self._calls),
+                )
         self.update_masks(self.generate_masks())
         self._fired = True
         if isinstance(self._remaining, int):
@@ -361,8 +361,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         if self.evaluator is None or (max_steps is None and max_epochs is None):
             raise ConfigError(
                 f"{type(self).__name__} is fused with {len(self.fused_compressors) - 1} other compressors and must "
-                "train, "
-                f"but has max_steps={max_steps}, max_epochs={max_epochs} and "
+                f"train, but has max_steps={max_steps}, max_epochs={max_epochs} and "
                 f"{'no evaluator' if self.evaluator is None else 'an evaluator'}. Expected an evaluator, and one of "
                 "the two."
             )

@@ -10,22 +10,30 @@ Where NNI's LinearPruner and AGPPruner go wrong in silence, these do what was me
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
 
-import torch
 from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.pruning import MovementPruner
 from nni.compression.pruning.scheduled_pruner import ScheduledPruner as NniScheduledPruner
 from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
 
-from nni_prune_ext.adapters.nni_context import parameters_of, plain_names, policy_goals, put_back, reached_ratios
+from nni_prune_ext.adapters.nni_context import (
+    parameters_of,
+    plain_names,
+    policy_goals,
+    put_back,
+    reached_ratios,
+    share_parameters,
+    wrapped_again,
+)
 from nni_prune_ext.adapters.nni_evaluator import adopt_parameters, released, untrained
+from nni_prune_ext.adapters.nni_mask_rules import ruled_masks
 from nni_prune_ext.adapters.nni_named_pruners import class_name
 from nni_prune_ext.adapters.nni_pruners import MethodPruner
 from nni_prune_ext.adapters.nni_scheduler_checks import check_arguments, check_inner, without_schedule
-from nni_prune_ext.adapters.nni_targets import ChannelTargets, Masks, Place, active_places, inputs_of, short_of_goal
+from nni_prune_ext.adapters.nni_targets import ChannelTargets, Place, active_places, inputs_of, short_of_goal
 from nni_prune_ext.errors import ConfigError, PluginError
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.schedules import MaskUpdateRule, RatioPolicy, Schedule, SchedulerSpec, build_schedule
@@ -63,22 +71,32 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
     ) -> None:
         own = type(self).__name__
         check_arguments(own, pruner, interval_steps, total_times)
-        pruner, evaluator = without_schedule(own, pruner, evaluator)
-        check_inner(own, pruner, interval_steps, total_times)
-        if pruner._is_wrapped:
-            pruner.unwrap_model()
+        chain, evaluator = without_schedule(own, pruner, evaluator)
+        inner = chain[-1]
         if not isinstance(evaluator, Evaluator):
             raise ConfigError(
-                f"{own} trains between its updates, but neither it nor its {type(pruner).__name__} has an evaluator. "
+                f"{own} trains between its updates, but neither it nor its {type(inner).__name__} has an evaluator. "
                 "Pass evaluator=, here or to the inner pruner."
             )
-        adopt_parameters(evaluator, pruner.bound_model)
-        self._originals = parameters_of(pruner.bound_model)
-        super().__init__(pruner.bound_model, [], evaluator, pruner._module_wrappers)
+        self._check_goals(inner)
+        check_inner(own, inner, interval_steps, total_times)
+        holder = next((one for one in chain if one._is_wrapped), inner)
+        with wrapped_again(holder):
+            if holder._is_wrapped:
+                holder.unwrap_model()
+            adopt_parameters(evaluator, inner)
+            self._prepare(inner, evaluator)
+            self._originals = parameters_of(inner.bound_model)
+            super().__init__(inner.bound_model, [], evaluator, inner._module_wrappers)
+        share_parameters(self._originals, inner)
         self._warn_of_untrained(evaluator)
-        self.fused_compressors.extend(pruner.fused_compressors[1:])
-        self._target_spaces = pruner._target_spaces
-        self.interval_steps, self.total_times, self.bound_pruner = interval_steps, total_times, pruner
+        self.fused_compressors.extend(inner.fused_compressors[1:])
+        self._target_spaces = inner._target_spaces
+        self.interval_steps, self.total_times, self.bound_pruner = interval_steps, total_times, inner
+        self._clock = inner.interval_steps, inner.total_times
+        for one in chain:
+            if isinstance(one, NniScheduledPruner):  # training that raised has left its goals half way
+                one._update_sparse_goals_by_ratio(1.0)
         self._done = self._step = 0
         self._init_sparse_goals()
         self._asked = {place.tensor: place.goal for place in active_places(self._target_spaces)}
@@ -112,6 +130,12 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
         super().unwrap_model()
         put_back(self._originals, self)
 
+    def _check_goals(self, inner: Pruner) -> None:
+        """Refuses goals that cannot be scheduled; nothing has been changed yet."""
+
+    def _prepare(self, inner: Pruner, evaluator: Evaluator) -> None:
+        """Looks at the model while nothing wraps it."""
+
     def update_sparse_goals(self, current_times: int) -> None:
         """Sets the inner pruner's goals for update ``current_times`` of ``total_times``."""
         raise NotImplementedError
@@ -120,10 +144,22 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
         self._fusion_compress(max_steps, max_epochs)
 
     def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        with released(self.evaluator):
-            super()._fusion_compress(max_steps, max_epochs)
+        try:
+            with released(self.evaluator):
+                super()._fusion_compress(max_steps, max_epochs)
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Leaves the inner pruner with its own methods, its own clock and the goals of the config_list."""
+        inner = self.bound_pruner
+        for name in ("update_sparse_goals", "_generate_sparsity"):
+            vars(inner).pop(name, None)
+        inner.interval_steps, inner.total_times = self._clock
+        self._update_sparse_goals_by_ratio(1.0)
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        self._give_back()
         inner = self.bound_pruner
         self._done = self._step = 0
         inner.interval_steps, inner.total_times = self.interval_steps, self.total_times
@@ -146,9 +182,7 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
         self.update_sparse_goals(current_times)
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        inner = self.bound_pruner
-        inner._fuse_postprocess(evaluator)
-        vars(inner).pop("update_sparse_goals", None)
+        self.bound_pruner._fuse_postprocess(evaluator)
         if self._done < self.total_times:
             _logger.warning(
                 "%s made %d of %d updates: training stopped too early for the others (one every %d steps).",
@@ -158,6 +192,7 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
                 self.interval_steps,
             )
         self._tell_if_short()
+        self._give_back()
 
     def _tell_if_short(self) -> None:
         """Warns about targets that miss what the config_list asks for."""
@@ -173,9 +208,9 @@ class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]
         missing = untrained(evaluator, self.bound_model)
         if missing:
             _logger.warning(
-                "The optimizers of the evaluator hold %d parameters less than %s trains, among them '%s': these do not "
-                "move between the updates. If that is not meant, pass the evaluator to the inner pruner, when it is "
-                "made.",
+                "The optimizers of the evaluator hold %d parameters less than %s trains, among them '%s': these do "
+                "not move between the updates. If that is not meant, pass the evaluator to the inner pruner, when it "
+                "is made.",
                 len(missing),
                 type(self.bound_model).__name__,
                 missing[0],
@@ -204,14 +239,22 @@ class _RatioPolicyPruner(SchedulerPruner):
     ) -> None:
         self._schedule = build_schedule(schedule)
         super().__init__(pruner, interval_steps, total_times, evaluator)
-        for place in active_places(self._target_spaces):
+
+    def _check_goals(self, inner: Pruner) -> None:
+        for place in active_places(inner._target_spaces):
             if place.goal is None or place.space.global_group_id is not None:
                 key = "sparse_threshold" if place.goal is None else "global_group_id"
                 raise ConfigError(
                     f"{type(self).__name__} gives every layer a ratio of its own, but '{place.module}' has a {key}. "
                     "Expected a sparse_ratio only. Use a schedule such as AGPPruner for it."
                 )
-        self._channels = _channels_of(self)
+
+    def _prepare(self, inner: Pruner, evaluator: Evaluator) -> None:
+        if isinstance(inner, MethodPruner):
+            self._channels = inner.channels
+        else:
+            example = getattr(evaluator, "dummy_input", None)
+            self._channels = ChannelTargets.of(inner.bound_model, None if example is None else inputs_of(example))
 
     def update_sparse_goals(self, current_times: int) -> None:
         """Sets the ratios that the policy gives, scaled to the config_list's total."""
@@ -269,33 +312,12 @@ class _MaskUpdatePruner(SchedulerPruner):
         self._update_sparse_goals_by_ratio(float(self._schedule(current_times / self.total_times)))
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        super()._fuse_preprocess(evaluator)
         generate = self.bound_pruner._generate_sparsity
         rule = cast("MaskUpdateRule", self.scheduler.build())
-        self.bound_pruner._generate_sparsity = lambda metrics: self._restricted(generate, rule, metrics)
-        super()._fuse_preprocess(evaluator)
-
-    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        super()._fuse_postprocess(evaluator)
-        vars(self.bound_pruner).pop("_generate_sparsity", None)
-
-    def _restricted(self, generate: Callable[[Masks], Masks], rule: MaskUpdateRule, metrics: Masks) -> Masks:
-        """Returns the masks that the rule allows.
-
-        NNI's own rules make them, from metrics in which every channel that the rule keeps is above all others: so
-        everything that follows from a mask (aligned biases) follows here as well.
-        """
-        proposed = generate({module: {t: v.clone() for t, v in own.items()} for module, own in metrics.items()})
-        progress = self._done / self.total_times
-        forced: Masks = {module: dict(own) for module, own in metrics.items()}
-        for place in active_places(self._target_spaces):
-            metric = metrics.get(place.module, {}).get(place.target)
-            if metric is None:
-                continue
-            old, new = (_units(place, mask).cpu() for mask in (place.space.mask, proposed[place.module][place.target]))
-            allowed = rule(old, new, metric.detach().flatten().float().cpu(), progress)
-            values = torch.where(allowed.to(metric.device), torch.inf, -torch.inf).reshape(metric.shape)
-            forced[place.module][place.target] = values.to(metric.dtype)
-        return generate(forced)
+        self.bound_pruner._generate_sparsity = lambda metrics: ruled_masks(
+            generate, rule, metrics, list(active_places(self._target_spaces)), self._done / self.total_times
+        )
 
 
 _KINDS: Mapping[str, type[SchedulerPruner]] = {
@@ -326,25 +348,3 @@ def scheduled_pruner_for(name: str) -> type[SchedulerPruner]:
         }
         _CLASSES[name] = type(class_name(name, _CLASS_NAMES), (_KINDS[spec.kind],), members)
     return _CLASSES[name]
-
-
-def _channels_of(scheduled: SchedulerPruner) -> ChannelTargets:
-    """Returns the channel groups of the inner pruner; those of NNI's own pruners are traced here."""
-    if isinstance(scheduled.bound_pruner, MethodPruner):
-        return scheduled.bound_pruner.channels
-    example = getattr(scheduled.evaluator, "dummy_input", None)
-    scheduled.unwrap_model()
-    try:
-        return ChannelTargets.of(scheduled.bound_model, None if example is None else inputs_of(example))
-    finally:
-        scheduled.wrap_model()
-
-
-def _units(place: Place, mask: Any) -> Tensor:
-    """Returns a mask as one bool per unit that NNI masks as a whole: a channel, a block, or an element."""
-    scaler = place.space._scaler
-    if mask is None:
-        mask = torch.ones(place.space.shape)
-    full = mask.expand(place.space.shape)
-    reduced: Tensor = full if scaler is None else scaler.shrink(full, keepdim=True)
-    return reduced.flatten() > 0

@@ -121,8 +121,8 @@ class ChannelTargets:
             return cls(groups, True, guess, parameters)
         _logger.warning(
             "No dummy_input was given to the pruner or its evaluator, and %s runs on none of the common shapes that "
-            "were tried. Layers that are coupled (residual connections, depthwise convolutions) get masks of their own "
-            "and keep more channels in a speedup. Pass dummy_input=.",
+            "were tried. Layers that are coupled (residual connections, depthwise convolutions) get masks of their "
+            "own and keep more channels in a speedup. Pass dummy_input=.",
             type(model).__name__,
         )
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
@@ -300,6 +300,8 @@ def turn_transposed(spaces: Spaces) -> None:
             module = space._wrapper.module
             if not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
                 continue
+            if module.groups == module.in_channels:
+                continue  # depthwise: dimension 0 holds the channels on both sides
             align = space._setting.get("align")
             if target == "bias" and align is not None and align["module_name"] is None:
                 space._setting["align"] = {**align, "dims": [1]}
@@ -321,8 +323,7 @@ def inputs_of(dummy_input: object) -> ExampleInputs:
         return dummy_input
     raise ConfigError(
         f"The dummy_input is a {type(dummy_input).__name__}, expected a tensor, a tuple or list of positional "
-        "arguments, "
-        "or a dict of keyword arguments. Pass for example torch.rand(1, 3, 224, 224)."
+        "arguments, or a dict of keyword arguments. Pass for example torch.rand(1, 3, 224, 224)."
     )
 
 

@@ -17,13 +17,15 @@ from nni_bench import IMAGE, LAYERS, batches, channels, config, evaluator, netwo
 from torch import Tensor, nn
 
 from nni_prune_ext.adapters import nni_schedulers
-from nni_prune_ext.errors import ConfigError, PluginError, TargetError
+from nni_prune_ext.errors import ConfigError, ModelError, PluginError, TargetError
 from nni_prune_ext.pruning import (
     AGPPruner,
     L1NormPruner,
     LevelPruner,
     LinearPruner,
+    MovementPruner,
     ReplacePruner,
+    SlimPruner,
     TaylorPruner,
     UniformRatioPruner,
     pruner_for,
@@ -39,6 +41,9 @@ OURS: dict[str, Inner] = {
     "l1": lambda model, given: pruner_for("l1")(model, config(), given),
     "random": lambda model, given: pruner_for("random")(model, config(), given),
     "taylor": lambda model, given: TaylorPruner(model, config(), given, 2),
+    "level": lambda model, given: LevelPruner(model, config(), given),
+    "slim": lambda model, given: SlimPruner(model, config(), given, 2),
+    "movement": lambda model, given: MovementPruner(model, config(), given, 2, 12),
 }
 NNIS: dict[str, Inner] = {
     "nni level": lambda model, given: nni_pruning.LevelPruner(model, config(), given),
@@ -340,13 +345,137 @@ def test_a_ratio_policy_that_cannot_reach_the_total_is_told(registered: Callable
         pruner.compress(2, None)
 
 
-def test_a_ratio_policy_needs_ratios() -> None:
+REFUSED: dict[str, tuple[list[dict[str, Any]], Callable[[Any, Any], Any], str]] = {
+    "a threshold under a ratio policy": (
+        [{"op_names": ["conv1"], "sparse_threshold": 1.0}],
+        lambda inner, given: UniformRatioPruner(inner, 2, 2, given),
+        "'conv1' has a sparse_threshold",
+    ),
+    "a global group under a ratio policy": (
+        config(global_group_id=1),
+        lambda inner, given: UniformRatioPruner(inner, 2, 2, given),
+        "'conv1' has a global_group_id",
+    ),
+    "no evaluator": (config(), lambda inner, given: AGPPruner(inner, 2, 2), "neither it nor its L1NormPruner has"),
+    "an evaluator of another model": (
+        config(),
+        lambda inner, given: AGPPruner(inner, 2, 2, evaluator(nn.Linear(7, 3))),
+        r"holds a parameter of shape \(3, 7\)",
+    ),
+    "an example that does not fit": (
+        config(),
+        lambda inner, given: UniformRatioPruner(
+            inner, 2, 2, evaluator(inner.bound_model, dummy_input=torch.zeros(2, 5, 12, 12))
+        ),
+        "does not run",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "inner"),
+    [*((case, nni_pruning.L1NormPruner) for case in REFUSED), *((case, L1NormPruner) for case in list(REFUSED)[:-1])],
+)
+def test_what_is_refused_leaves_the_inner_pruner_as_it_was(case: str, inner: Any) -> None:
+    entries, made, told = REFUSED[case]
     model = network()
+    before = dict(model.named_parameters())
+    pruner = inner(model, entries)
+
+    with pytest.raises((ConfigError, ModelError), match=told):
+        made(pruner, evaluator(network()))
+
+    assert pruner._is_wrapped
+    assert hasattr(model.conv1, "_nni_wrapper")
+    pruner.unwrap_model()
+    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+    if inner is L1NormPruner:
+        assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+def test_a_schedule_that_is_not_replaced_after_all_stays_as_it_was() -> None:
+    model = network()
+    entries = [{"op_names": ["conv1"], "sparse_threshold": 1.0}]
+    theirs = nni_pruning.AGPPruner(nni_pruning.L1NormPruner(model, entries), 2, 2, evaluator(model))
 
     with pytest.raises(ConfigError, match="'conv1' has a sparse_threshold"):
-        UniformRatioPruner(
-            L1NormPruner(model, [{"op_names": ["conv1"], "sparse_threshold": 1.0}], evaluator(model)), 2, 2
-        )
+        UniformRatioPruner(theirs, 2, 2)
+
+    assert theirs._is_wrapped
+    theirs.compress(4, None)
+
+
+class TestTrainingThatRaises:
+    """Leaves nothing of the schedule in the inner pruner."""
+
+    @pytest.mark.parametrize("outer", [LinearPruner, ReplacePruner, UniformRatioPruner])
+    @pytest.mark.parametrize("inner", ["l1", "nni l1", "nni slim", "nni movement"])
+    def test_puts_the_inner_pruner_back(self, inner: str, outer: Any) -> None:
+        model = network()
+        pruner = outer((OURS | NNIS)[inner](model, faltering(model)), 2, 4)
+        inside = pruner.bound_pruner
+        clock = inside.interval_steps, inside.total_times
+
+        with pytest.raises(RuntimeError, match="the user's error"):
+            pruner.compress(14, None)
+
+        assert not {"_generate_sparsity", "update_sparse_goals"} & set(vars(inside))
+        assert clock == (inside.interval_steps, inside.total_times)
+        assert all(space["weight"].sparse_ratio == 0.75 for space in inside._target_spaces.values())
+
+    @pytest.mark.parametrize("inner", ["l1", "nni l1"])
+    def test_lets_the_next_schedule_reach_the_goal(self, inner: str) -> None:
+        model = network()
+        given = faltering(model)
+        pruner = LinearPruner((OURS | NNIS)[inner](model, given), 2, 4)
+        with pytest.raises(RuntimeError, match="the user's error"):
+            pruner.compress(8, None)
+
+        _, masks = AGPPruner(pruner, 2, 4).compress(8, None)
+
+        assert dict.fromkeys(LAYERS, 0.75) == shares(masks)
+
+    def test_lets_a_rule_be_asked_once_per_update_the_next_time(
+        self, registered: Callable[[str, SchedulerSpec], None]
+    ) -> None:
+        registered("hold", SchedulerSpec("mask_update_rule", "hold", lambda: one_swap_only))
+        model = network()
+        pruner = scheduled_pruner_for("hold")(L1NormPruner(model, config(), faltering(model)), 2, 4)
+        with pytest.raises(RuntimeError, match="the user's error"):
+            pruner.compress(8, None)
+        RULED.clear()
+
+        pruner.compress(8, None)
+
+        assert [0.25, 0.5, 0.75, 1.0] == sorted({progress for *_, progress in RULED})
+        assert 4 * len(LAYERS) == len(RULED)
+
+    def test_lets_a_schedule_of_nni_that_raised_be_replaced(self) -> None:
+        model = network()
+        theirs = nni_pruning.AGPPruner(nni_pruning.L1NormPruner(model, config(), faltering(model)), 2, 4)
+        with pytest.raises(RuntimeError, match="the user's error"):
+            theirs.compress(8, None)
+        theirs.evaluator.unbind_model()
+
+        _, masks = LinearPruner(theirs, 2, 4).compress(8, None)
+
+        assert dict.fromkeys(LAYERS, 0.75) == shares(masks)
+
+
+def faltering(model: nn.Module) -> TorchEvaluator:
+    """Returns an evaluator whose training raises once, after three steps."""
+    calls: list[int] = []
+
+    def train(model: nn.Module, optimizer: Any, training_step: Any, schedule: Any, max_steps: int, epochs: Any) -> None:
+        for k, batch in enumerate((batches() * 9)[:max_steps]):
+            optimizer.zero_grad()
+            training_step(batch, model).backward()
+            optimizer.step()
+            if k == 2 and not calls:
+                calls.append(k)
+                raise RuntimeError("the user's error")
+
+    return TorchEvaluator(train, nni.trace(torch.optim.SGD)(model.parameters(), lr=0.05), step, dummy_input=IMAGE)
 
 
 def one_swap_only(old: Tensor, proposed: Tensor, scores: Tensor, progress: float) -> Tensor:
@@ -386,6 +515,64 @@ def test_a_mask_update_rule_decides_which_masks_may_change(
     if inner == "l1":
         assert channels(masks["conv2"]["weight"]) == channels(masks["conv3"]["weight"])
         assert torch.equal((masks["conv2"]["weight"].flatten(1) != 0).any(1).float(), masks["conv2"]["bias"])
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "a dependency group": {"op_names": ["conv2", "conv3"], "dependency_group_id": 1},
+    "blocks of a dependency group": {
+        "op_names": ["conv2", "conv3"],
+        "dependency_group_id": 1,
+        "internal_metric_block": 4,
+    },
+    "a global group": {"op_names": ["conv2", "conv3", "fc1"], "global_group_id": 1},
+    "layers": {"op_names": ["conv2", "conv3", "fc1"], "internal_metric_block": 5},  # heeded in a dependency group only
+    "blocks of weights": {"op_names": ["fc1"], "granularity": [4, 4]},
+}
+
+
+@pytest.mark.parametrize("inner", [L1NormPruner, nni_pruning.L1NormPruner])
+@pytest.mark.parametrize("shared", SHARED)
+def test_the_masks_are_what_the_rule_allowed(
+    shared: str, inner: Any, registered: Callable[[str, SchedulerSpec], None]
+) -> None:
+    allowed: list[Tensor] = []
+
+    def noted(old: Tensor, proposed: Tensor, scores: Tensor, progress: float) -> Tensor:
+        assert bool(torch.isfinite(scores).all())
+        allowed.append(one_swap_only(old, proposed, scores, progress))
+        return allowed[-1]
+
+    registered("hold", SchedulerSpec("mask_update_rule", "hold", lambda: noted))
+    model = network()
+    given = evaluator(model, dummy_input=IMAGE)
+    pruner = scheduled_pruner_for("hold")(inner(model, [{"sparse_ratio": 0.5, **SHARED[shared]}], given), 1, 4)
+    history: list[Mapping[str, Tensor]] = []
+    update, layers = pruner.bound_pruner.update_masks, SHARED[shared]["op_names"]
+
+    def spied(masks: Any) -> None:
+        update(masks)
+        now = pruner.get_masks()
+        history.append({layer: kept_units(pruner, layer, now[layer]["weight"]) for layer in sorted(layers)})
+        if "dependency" in shared:
+            asked = torch.cat(allowed)
+            assert 16 == len(asked)
+            assert all(torch.equal(asked, own) for own in history[-1].values())
+            assert 1 == len({int(block.sum()) for block in allowed})
+        else:
+            assert all(torch.equal(asked, own) for asked, own in zip(allowed, history[-1].values(), strict=True))
+        allowed.clear()
+
+    pruner.bound_pruner.update_masks = spied
+
+    pruner.compress(5, None)
+
+    assert 4 == len(history)
+    assert all(bool((later[layer] <= earlier[layer]).all()) for earlier, later in pairwise(history) for layer in layers)
+
+
+def kept_units(pruner: Any, layer: str, mask: Tensor) -> Tensor:
+    scaler = pruner._target_spaces[layer]["weight"]._scaler
+    return scaler.shrink(mask, keepdim=True).flatten() > 0  # type: ignore[no-any-return]
 
 
 def test_the_rule_that_restricts_nothing_gives_the_masks_of_the_schedule() -> None:
