@@ -8,7 +8,7 @@ their statistics over the survivors. In evaluation mode both are the same functi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -145,25 +145,81 @@ def silence_channels(
 
 
 def take_over(model: nn.Module, compact: nn.Module) -> None:
-    """Makes a model the compact one, in place: the objects of its modules stay, their contents are the compact model's.
+    """Makes a model the compact one, in place: its modules, their hooks and attributes stay the same objects.
 
     For hosts that hold on to modules or change models in place. Parameters are those of ``compact``, new objects; an
-    optimizer over the old ones follows with :func:`remap_optimizer`, called before.
+    optimizer over the old ones follows with :func:`remap_optimizer`, called before. Sizes are those of ``compact``.
+    Attributes that hold parameters, or layers that a rewrite has replaced, are copied with the new ones in their place.
     """
-    own = dict(model.named_modules(remove_duplicate=False))
-    places: dict[int, object] = {id(tensor): tensor for _, tensor in named_tensors(compact)}
+    theirs = dict(compact.named_modules(remove_duplicate=False))
+    tensors = dict(_all_tensors(compact))
+    moved: dict[int, object] = {}
+    for module in model.modules():  # cached activations stay: deepcopy refuses tensors with a history
+        moved |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
+    moved |= {id(own): tensors.get(name, own) for name, own in _all_tensors(model)}
+    places: dict[int, object] = {id(tensor): tensor for tensor in tensors.values()}
     taken: dict[int, tuple[nn.Module, nn.Module]] = {}
-    for name, source in compact.named_modules(remove_duplicate=False):
-        target = own.get(name)
-        same = target is not None and type(target) is type(source)  # else a layer that a rewrite has put in
-        places[id(source)] = target if same else source
-        if target is not None and same:
-            taken[id(source)] = (source, target)
-    # Attributes may refer to modules: lists of layers, and the bound forward that NNI leaves on unwrapped ones, which
-    # would go on running the module of the copy, whose mode nobody changes any more.
-    contents = [(target, copy.deepcopy(vars(source), places)) for source, target in taken.values()]
-    for target, content in contents:
-        target.__dict__ = content
+    for name, own in model.named_modules(remove_duplicate=False):
+        source = theirs.get(name, own)
+        replaced = type(source) is not type(own)  # a layer that a rewrite has put in
+        moved.setdefault(id(own), source if replaced else own)
+        if source is not own and not replaced:
+            places[id(source)] = own
+            taken[id(own)] = (own, source)
+    contents = [(own, _contents(own, source, moved, places)) for own, source in taken.values()]
+    for own, content in contents:
+        own.__dict__ = content
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_HOOKS = frozenset(key for key in vars(nn.Module()) if "hook" in key)
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _contents(
+    own: nn.Module, source: nn.Module, moved: dict[int, object], places: Mapping[int, object]
+) -> dict[str, object]:
+    """Returns the attributes of a module after it has taken over another one."""
+    content = dict(vars(own))
+    for key, value in vars(source).items():
+        if key in _REGISTRIES:
+            content[key] = {name: places.get(id(part), part) for name, part in value.items()}
+        elif _plain(value):
+            content[key] = value
+        elif key not in content:
+            content[key] = copy.deepcopy(value, dict(places))
+        elif key not in _HOOKS:
+            memo = _Memo(moved)
+            changed = copy.deepcopy(content[key], memo)
+            if memo.used:
+                moved[id(content[key])] = changed
+                content[key] = changed
+    return content
+
+
+def _plain(value: object) -> bool:
+    """Says whether a value is a size or setting, which nobody can tell from its copy."""
+    if isinstance(value, tuple):
+        return type(value) in (tuple, torch.Size) and all(_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+class _Memo(dict[int, object]):
+    """A memo of ``deepcopy`` that notes whether an object was met in whose place another one is."""
+
+    def __init__(self, moved: Mapping[int, object]) -> None:
+        super().__init__(moved)
+        self.used = False
+        self._changed = {key for key, value in moved.items() if id(value) != key}
+
+    def get(self, key: int, default: object = None) -> object:
+        """Returns what is in the place of the object with this id."""
+        self.used = self.used or key in self._changed
+        return super().get(key, default)
 
 
 def remap_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, removal: Removal) -> None:

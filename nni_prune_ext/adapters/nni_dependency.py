@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Set as AbstractSet
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.utils import (
     Scaling,
@@ -18,13 +21,24 @@ from nni.compression.utils import (
     reset_ddp_model,
     set_nested_attr,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from nni_prune_ext.adapters.nni_targets import inputs_of
 from nni_prune_ext.errors import ConfigListError
-from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, GroupMember, trace_channel_groups
+from nni_prune_ext.graph.channel_groups import (
+    ChannelGroup,
+    ChannelGroups,
+    GroupMember,
+    root_name,
+    trace_channel_groups,
+)
 from nni_prune_ext.graph.label_book import Role
-from nni_prune_ext.graph.model_copy import named_tensors
-from nni_prune_ext.inputs import ExampleInputs
+from nni_prune_ext.graph.model_copy import copy_model, named_tensors
+from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.graph.tracing import READERS, argument
+from nni_prune_ext.inputs import ExampleInputs, call_model, tensors_in
 
 __all__ = [
     "ConfigList",
@@ -42,6 +56,7 @@ _logger = logging.getLogger(__name__)
 ConfigList = list[dict[str, Any]]
 """NNI's config_list: plain dicts whose values are of many kinds."""
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -60,59 +75,84 @@ def auto_set_dependency_group_ids(
     Raises:
         ConfigListError: layers that hang together have different goals, which NNI cannot express.
     """
-    groups = trace_channel_groups(model, _inputs(dummy_input))
+    groups = trace_channel_groups(model, inputs_of(dummy_input))
     modules = dict(model.named_modules())
     ids, blocks = _coupled_layers(model, groups), _blocks(model, groups)
     result: ConfigList = []
-    first: dict[str, tuple[str, object]] = {}
+    first: dict[str, tuple[str, str]] = {}
+    loose: dict[str, list[str]] = {}
     for name, settings in _layers(model, config_list):
         entry = {"op_names": [name], **settings}
-        block = blocks.get(name, 1)
+        block, goal = blocks.get(name, 1), _goal(settings)
+        by_threshold = goal.startswith("sparse_threshold")
         if name in ids:
-            leader, goal = first.setdefault(ids[name], (name, settings.get("sparse_ratio")))
-            if goal != settings.get("sparse_ratio"):
+            leader, expected = first.setdefault(ids[name], (name, goal))
+            if goal != expected and not (by_threshold and expected.startswith("sparse_threshold")):
                 raise ConfigListError(
-                    f"'{leader}' and '{name}' can only lose channels together, but have sparse_ratio {goal} and "
-                    f"{settings.get('sparse_ratio')}, expected one value. Give them the same, or leave one set out."
+                    f"'{leader}' and '{name}' can only lose channels together, but have {expected} and {goal}, "
+                    "expected one value. Give them the same, or leave one set out."
                 )
-            if modules[leader].weight.dim() != modules[name].weight.dim():
-                result.append(_aligned(name, modules[name], leader))
-                continue
-            entry["dependency_group_id"] = ids[name]
-        elif block > 1:
+            if by_threshold:
+                loose.setdefault(ids[name], []).append(name)
+            elif modules[leader].weight.dim() != modules[name].weight.dim():
+                entry = _aligned(name, modules[name], leader)
+                block = 1
+            else:
+                entry["dependency_group_id"] = ids[name]
+        elif block > 1 and not by_threshold:
             entry["dependency_group_id"] = uuid.uuid4().hex  # NNI heeds blocks under an id only
-        if block > 1:
+        if block > 1 and not by_threshold:
             entry["internal_metric_block"] = block
         result.append(entry)
+    for names in loose.values():
+        if len(names) > 1:
+            _logger.warning(
+                "%s can only lose channels together, but NNI ranks layers together by ratios only, not by thresholds: "
+                "they get no id, and channels on which their masks do not agree will stay. Set a sparse_ratio.",
+                ", ".join(names),
+            )
     return result
+
+
+def _goal(settings: Mapping[str, Any]) -> str:
+    """Says what decides how many channels of a layer go."""
+    own = {**settings, **settings.get("target_settings", {}).get("weight", {})}
+    given = [f"{key} {own[key]}" for key in ("sparse_threshold", "sparse_ratio") if own.get(key) is not None]
+    return given[0] if given else "no goal"
 
 
 def align_batchnorm(model: nn.Module, config_list: Sequence[Mapping[str, Any]], dummy_input: Any) -> ConfigList:
     """Returns the config_list with an entry for every batch norm behind a selected convolution, masked like it.
 
     Without it the simulation keeps the shift of a batch norm where its convolution is masked, and the model changes
-    when the channels are removed. With it the masked and the compact model compute the same. A batch norm over the
-    channels of several layers (behind a concatenation) cannot be aligned by NNI; it is named in a warning.
+    when the channels are removed. With it the masked and the compact model compute the same. What a batch norm takes is
+    followed through one forward pass. Where it comes from several layers that do not share one ``dependency_group_id``
+    (behind a concatenation or a sum), or in another order, NNI cannot express it; these norms are named in a warning.
 
     Args:
         dummy_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
     """
-    groups = trace_channel_groups(model, _inputs(dummy_input))
-    selected = {name for name, _ in _layers(model, config_list)}
+    example_inputs = inputs_of(dummy_input)
+    groups = trace_channel_groups(model, example_inputs)
+    selected = {name: settings.get("dependency_group_id") for name, settings in _layers(model, config_list)}
+    sources = _sources_of_norms(model, example_inputs, groups, selected.keys())
+    modules = dict(model.named_modules())
     entries: ConfigList = []
     left: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) or name in selected:
+    for name in modules:
+        found = sources.get(name, frozenset())
+        if name in selected or not found & selected.keys():
             continue
-        source, masked = _source(groups, f"{name}.weight", selected)
-        if source is not None:
-            entries.append(_aligned(name, module, source))
-        elif masked:
+        ids = {selected.get(source) for source in found}
+        source = min(found, key=list(modules).index) if found <= selected.keys() else None
+        if source and (len(found) == 1 or ids == {selected[source]} - {None}) and _same_channels(groups, name, source):
+            entries.append(_aligned(name, modules[name], source))
+        else:
             left.append(name)
     if left:
         _logger.warning(
-            "%d batch norms hold channels of several layers, to which NNI cannot align one mask: %s. Where these are "
-            "masked, the simulation keeps their shifts.",
+            "%d batch norms cannot be aligned to one mask: %s. They take channels of several layers, in another order "
+            "or that stay, or have no weight. Where these are masked, the simulation keeps their shifts.",
             len(left),
             ", ".join(left[:5]),
         )
@@ -128,10 +168,6 @@ def _aligned(name: str, module: nn.Module, source: str) -> dict[str, Any]:
         "target_names": targets,
         "target_settings": {target: {"align": dict(align)} for target in targets},
     }
-
-
-def _inputs(dummy_input: Any) -> ExampleInputs:
-    return tuple(dummy_input) if isinstance(dummy_input, list) else cast("ExampleInputs", dummy_input)
 
 
 def _layers(model: nn.Module, config_list: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -194,16 +230,72 @@ def _blocks(model: nn.Module, groups: ChannelGroups) -> dict[str, int]:
     return blocks
 
 
-def _source(groups: ChannelGroups, norm: str, selected: set[str]) -> tuple[str | None, bool]:
-    """Returns the selected layer right before a norm that writes just its channels, and whether any does."""
-    holding = groups.holding(norm, 0)
-    found, masked = None, False
-    for group, norm_member in holding:
-        for member in group.members:
-            if member is norm_member:
-                break
-            if member.role in (Role.WRITER, Role.DEPTHWISE) and member.tensor.removesuffix(".weight") in selected:
-                masked = True
-                if member.dim == 0 and np.array_equal(member.channel, norm_member.channel):
-                    found = member.tensor.removesuffix(".weight")
-    return (found if len(holding) == 1 else None), masked
+def _same_channels(groups: ChannelGroups, norm: str, source: str) -> bool:
+    """Says whether a norm holds just the channels that a layer writes, in the same order."""
+    scaled, written = groups.holding(f"{norm}.weight", 0), groups.holding(f"{source}.weight", 0)
+    if not len(scaled) == len(written) == 1:
+        return False
+    (group, scale), (home, writer) = scaled[0], written[0]
+    writes = writer.role in (Role.WRITER, Role.DEPTHWISE)
+    return writes and group is home and np.array_equal(scale.channel, writer.channel)
+
+
+def _sources_of_norms(
+    model: nn.Module, example_inputs: ExampleInputs, groups: ChannelGroups, selected: AbstractSet[str]
+) -> Mapping[str, frozenset[str]]:
+    """Returns batch norm → the layers that wrote what it takes, from one forward pass.
+
+    A depthwise layer that is not selected hands on what it takes.
+    """
+    depthwise = {root_name(member.tensor) for group in groups for member in group.by_role(Role.DEPTHWISE)}
+    with untouched(model), torch.no_grad():
+        sources = _Sources(copy_model(model, share_others=True), depthwise - selected)
+        with sources:
+            call_model(sources.model, example_inputs)
+    return sources.norms
+
+
+class _Sources(TorchFunctionMode):
+    """Follows which layers wrote the values of a tensor, through one forward pass of a copy.
+
+    Attributes:
+        norms: batch norm → the layers that wrote what it takes.
+    """
+
+    def __init__(self, model: nn.Module, passing: AbstractSet[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.norms: dict[str, frozenset[str]] = {}
+        self._passing = passing
+        self._layers: dict[int, str] = {}
+        self._written: MutableMapping[Tensor, frozenset[str]] = WeakTensorKeyDictionary()
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            self._layers[id(weight)] = name  # of several layers with one weight, the one that is running
+        if isinstance(module, _BATCH_NORMS):
+            self.norms[name] = self.norms.get(name, frozenset()) | self._of((args, kwargs))
+
+    def _of(self, value: object) -> frozenset[str]:
+        return frozenset().union(*(self._written.get(tensor, frozenset()) for tensor in tensors_in(value)))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        sources = self._of((args, kwargs))
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in READERS:
+            layer = self._layers.get(id(argument(args, kwargs, 1, "weight")), "a computed weight")
+            sources = sources if layer in self._passing else frozenset({layer})
+        for tensor in tensors_in(args[0] if name == "__setitem__" else result):
+            self._written[tensor] = sources
+        return result

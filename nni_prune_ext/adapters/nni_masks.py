@@ -10,6 +10,7 @@ import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from nni_prune_ext.adapters.nni_speedup_errors import (
     FineGrainedMaskError,
     MaskFileError,
     ShapeMisMatchError,
+    SpeedupError,
     WrappedModelError,
 )
 from nni_prune_ext.graph.model_copy import named_tensors
@@ -38,24 +40,24 @@ class LayerMasks:
     """The masks of one model.
 
     Attributes:
-        tensors: name of a parameter → its mask, bool, shape of the parameter, on CPU: ``False`` where it is masked.
+        given: ``(module, "weight")`` → name of its parameter and the mask asked for there: bool, shape of the
+            parameter, on CPU, ``False`` where it is masked.
+        tensors: name of a parameter → what is masked in every module that uses it, in the same form.
+        disputed: name of a parameter → the modules that use it, where these mask it differently.
         activations: ``(module, "_input_0")`` → mask that multiplies this input or output of the module.
         fine_grained: names of parameters whose masks silence more than whole rows and columns.
     """
 
+    given: Mapping[tuple[str, str], tuple[str, Tensor]]
     tensors: Mapping[str, Tensor]
+    disputed: Mapping[str, tuple[str, ...]]
     activations: Mapping[tuple[str, str], Tensor]
     fine_grained: tuple[str, ...]
 
     def silent(self, tensor: str, dim: int) -> NDArray[np.bool_] | None:
         """Returns the positions along ``dim`` that are masked whole, ``None`` where the tensor has no mask."""
         mask = self.tensors.get(tensor)
-        return None if mask is None else _silent(mask, dim)
-
-    @property
-    def empty(self) -> bool:
-        """Says whether nothing at all is masked."""
-        return all(bool(mask.all()) for mask in [*self.tensors.values(), *self.activations.values()])
+        return None if mask is None else silent_positions(mask, dim)
 
 
 def read_masks(masks_or_file: object, map_location: Any = None) -> Mapping[str, Mapping[str, object]]:
@@ -81,12 +83,14 @@ def layer_masks(given: Mapping[str, Mapping[str, object]], model: nn.Module) -> 
         WrappedModelError: the model still carries NNI's wrappers.
         MaskFileError: there is no mask among them.
         ShapeMisMatchError: a module, target or shape is not one of this model.
+        SpeedupError: a masked weight is computed from other parameters.
         FineGrainedMaskError: every layer is masked, but none in whole channels.
     """
     _refuse_wrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
+    first_names = {id(module): name for name, module in model.named_modules()}
     known = {id(tensor): name for name, tensor in named_tensors(model)}
-    tensors: dict[str, Tensor] = {}
+    asked: dict[tuple[str, str], tuple[str, Tensor]] = {}
     activations: dict[tuple[str, str], Tensor] = {}
     for name, targets in _fitting_names(given, modules).items():
         for target, mask in targets.items():
@@ -98,19 +102,59 @@ def layer_masks(given: Mapping[str, Mapping[str, object]], model: nn.Module) -> 
                 continue
             tensor = getattr(modules[name], target, None)
             if not isinstance(tensor, Tensor) or id(tensor) not in known:
-                raise ShapeMisMatchError(
-                    f"There is a mask for '{target}' of '{name}', expected the name of a parameter of this "
-                    f"{type(modules[name]).__name__}. Use the masks of this model."
-                )
-            own = known[id(tensor)]
+                raise _no_parameter(modules[name], name, target)
             keep = _fitted(keep, tensor, f"{name}.{target}")
-            tensors[own] = tensors[own] & keep if own in tensors else keep
-    if not tensors and not activations:
+            place = first_names[id(modules[name])], target
+            asked[place] = known[id(tensor)], asked[place][1] & keep if place in asked else keep
+    if not asked and not activations:
         raise MaskFileError(f"The masks hold no mask at all ({len(given)} modules), expected at least one. {_HOW}")
-    fine = tuple(name for name, mask in tensors.items() if not _in_channels(mask))
-    result = LayerMasks(tensors, activations, fine)
+    tensors, disputed = _agreed(asked, model)
+    fine = tuple(dict.fromkeys(own for own, mask in asked.values() if not _in_channels(mask)))
+    result = LayerMasks(asked, tensors, disputed, activations, fine)
     _refuse_fine_grained(result)
     return result
+
+
+def _agreed(
+    asked: Mapping[tuple[str, str], tuple[str, Tensor]], model: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Returns what all users of a tensor mask, and the users where they differ; one without a mask masks nothing."""
+    known = {id(tensor): name for name, tensor in named_tensors(model)}
+    users: dict[str, list[tuple[str, str]]] = {}
+    for module_name, module in model.named_modules():
+        for target, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                users.setdefault(known[id(tensor)], []).append((module_name, target))
+    tensors: dict[str, Tensor] = {}
+    disputed: dict[str, tuple[str, ...]] = {}
+    for own, mask in asked.values():
+        masks = [asked[place][1] if place in asked else torch.ones_like(mask) for place in users[own]]
+        tensors[own] = reduce(torch.logical_or, masks)
+        if any(not torch.equal(tensors[own], other) for other in masks):
+            disputed[own] = tuple(dict.fromkeys(module_name for module_name, _ in users[own]))
+    return tensors, disputed
+
+
+def _no_parameter(module: nn.Module, name: str, target: str) -> SpeedupError:
+    """Returns the error for a mask of something that is no parameter, with the remedy if it is computed from some."""
+    kind = type(module).__name__
+    if target in getattr(module, "parametrizations", {}):
+        parts = ", ".join(type(part).__name__.lstrip("_") for part in cast("Any", module.parametrizations)[target])
+        remedy = f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule('{name}'), '{target}')"
+    elif f"{target}_g" in module._parameters:
+        parts, remedy = "weight_norm", f"torch.nn.utils.remove_weight_norm(model.get_submodule('{name}'), '{target}')"
+    elif f"{target}_orig" in module._parameters:
+        parts = "a hook, as by spectral_norm or torch.nn.utils.prune"
+        remedy = "remove_spectral_norm or prune.remove, of torch.nn.utils"
+    else:
+        return ShapeMisMatchError(
+            f"There is a mask for '{target}' of '{name}', expected the name of a parameter of this {kind}. Use the "
+            "masks of this model."
+        )
+    return SpeedupError(
+        f"'{target}' of '{name}' is computed from other parameters (by {parts}), expected a plain parameter, which can "
+        f"be cut. Make it one first: {remedy}; the masks stay valid."
+    )
 
 
 def _load(path: Path, map_location: Any) -> object:
@@ -179,7 +223,8 @@ def _fitted(keep: Tensor, tensor: Tensor, name: str) -> Tensor:
         ) from None
 
 
-def _silent(mask: Tensor, dim: int) -> NDArray[np.bool_]:
+def silent_positions(mask: Tensor, dim: int) -> NDArray[np.bool_]:
+    """Returns the positions along ``dim`` at which a mask keeps nothing."""
     others = [d for d in range(mask.dim()) if d != dim]
     alive = mask.any(dim=others) if others else mask
     return cast("NDArray[np.bool_]", (~alive).numpy())
@@ -191,7 +236,7 @@ def _in_channels(mask: Tensor) -> bool:
         return True
     covered = torch.zeros_like(mask)
     for dim in (0, 1):
-        silent = torch.from_numpy(_silent(mask, dim))
+        silent = torch.from_numpy(silent_positions(mask, dim))
         covered |= silent.view([-1 if d == dim else 1 for d in range(mask.dim())])
     return bool((mask | covered).all())
 
@@ -200,7 +245,7 @@ def _refuse_fine_grained(masks: LayerMasks) -> None:
     if not masks.fine_grained:
         return
     names = ", ".join(f"'{name}'" for name in masks.fine_grained[:5])
-    weights = {name for name, mask in masks.tensors.items() if mask.dim() > 1 and not bool(mask.all())}
+    weights = {name for name, mask in masks.given.values() if mask.dim() > 1 and not bool(mask.all())}
     if weights <= set(masks.fine_grained) and all(bool(mask.all()) for mask in masks.activations.values()):
         raise FineGrainedMaskError(
             f"The masks are fine-grained: those of {names} ({len(masks.fine_grained)} layers) silence single weights, "

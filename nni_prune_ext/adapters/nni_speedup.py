@@ -14,13 +14,13 @@ from torch import nn
 from nni_prune_ext.adapters.nni_masks import LayerMasks, layer_masks, read_masks
 from nni_prune_ext.adapters.nni_speedup_channels import removable_channels
 from nni_prune_ext.adapters.nni_speedup_constants import absorb_constants, masked_copy
-from nni_prune_ext.adapters.nni_speedup_errors import EmptyLayerError, SpeedupError
-from nni_prune_ext.adapters.nni_speedup_report import SpeedupReport, kept_masks, removed_channels
+from nni_prune_ext.adapters.nni_speedup_errors import ConstantError, EmptyLayerError, SpeedupError
+from nni_prune_ext.adapters.nni_speedup_report import SpeedupReport, kept_masks, lost_outputs
+from nni_prune_ext.adapters.nni_targets import inputs_of
 from nni_prune_ext.certificate import remove_channels, verify_groups
 from nni_prune_ext.errors import CertificateError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, root_name, trace_channel_groups
 from nni_prune_ext.graph.label_book import Role
-from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.plan import Channels, PruningPlan, plan_from_channels
 from nni_prune_ext.surgery import Removal, take_over
 
@@ -81,7 +81,7 @@ class ModelSpeedup:
                 " Leave it out to keep NNI's."
             )
         self.bound_model = model
-        self.dummy_input: ExampleInputs = tuple(dummy_input) if isinstance(dummy_input, list) else dummy_input
+        self.dummy_input = inputs_of(dummy_input)
         self.masks: LayerMasks = layer_masks(read_masks(masks_or_file, map_location), model)
         self.logger = logger
         self.constants = constants
@@ -94,9 +94,17 @@ class ModelSpeedup:
         Parameters are new objects: make a new optimizer.
 
         Raises:
-            SpeedupError: a layer would lose all its channels, or constants cannot be absorbed; the model is unchanged.
+            SpeedupError: a layer would lose all its channels, constants cannot be absorbed, or it is the second call;
+                the model is unchanged.
             NniPruneExtError: the model cannot be followed, or the removal is not exact; the model is unchanged.
         """
+        if self.removal is not None:
+            raise SpeedupError(
+                f"This {type(self.bound_model).__name__} has already been sped up, expected one call. Its masks are "
+                "used up: for more, prune the smaller model and make a new ModelSpeedup with the masks of that."
+            )
+        if self.constants == "absorb":
+            _refuse_disputed(self.masks)
         model, before = self.bound_model, _count(self.bound_model)
         source = masked_copy(model, self.masks) if self.constants == "absorb" else model
         removal, gone = self._certified(source)
@@ -108,7 +116,7 @@ class ModelSpeedup:
             take_over(model, removal.model)
         self.removal = replace(removal, model=model)
         self.report = SpeedupReport(
-            removed=removed_channels(removal),
+            removed=lost_outputs(removal),
             kept=kept,
             fine_grained=self.masks.fine_grained,
             params=(before, _count(model)),
@@ -139,6 +147,16 @@ class ModelSpeedup:
             self.logger.info("%s", text)
         else:
             Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _refuse_disputed(masks: LayerMasks) -> None:
+    for tensor, users in masks.disputed.items():
+        names = ", ".join(f"'{name}'" for name in users)
+        raise ConstantError(
+            f"'{tensor}' is the weight of {names} and masked differently by them, but one tensor cannot be all of "
+            "these. Give all layers that share it the same mask, mask none of them, or drop constants: then only what "
+            "all of them mask goes."
+        )
 
 
 def _plan(groups: ChannelGroups, gone: dict[str, Channels]) -> PruningPlan:

@@ -7,6 +7,7 @@ randomised copies of the masked model, what the readers see is compared over ran
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ _ENOUGH = 64
 """Values that must be equal before a channel counts as constant; a reader of large images has them at once."""
 _CONSTANT = 1e-9
 """Largest relative difference between inputs that counts as none, in float64."""
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+Reading = tuple[str, int]
+"""A weight and the dimension of it that reads: a tied one may read in both directions."""
 
 
 def removable_channels(
@@ -216,11 +220,15 @@ class _Place:
         return args, {name: self._masked(value) if name == key else value for name, value in kwargs.items()}
 
     def on_outputs(self, module: nn.Module, args: object, output: object) -> object:
-        """Masks one of the results."""
+        """Masks one of the results; their container keeps its type."""
         if isinstance(output, dict):
-            return {name: self._masked(value) if str(name) == self.key else value for name, value in output.items()}
+            result = copy.copy(output)
+            result.update({name: self._masked(value) for name, value in output.items() if str(name) == self.key})
+            return result
         if isinstance(output, (tuple, list)):
-            return type(output)(self._masked(v) if str(i) == self.key else v for i, v in enumerate(output))
+            values = [self._masked(value) if str(i) == self.key else value for i, value in enumerate(output)]
+            make: Callable[..., object] = getattr(type(output), "_make", type(output))  # that of named tuples
+            return make(values)
         return self._masked(output) if self.key == "0" else output
 
     def _masked(self, value: object) -> object:
@@ -228,9 +236,13 @@ class _Place:
 
 
 class ReaderInputs(TorchFunctionMode):
-    """Hands what every convolution and linear layer reads to a function, by the name of its weight."""
+    """Hands what every convolution and linear layer reads to a function.
 
-    def __init__(self, model: nn.Module, note: Callable[[str, Tensor, Mapping[str, object]], None]) -> None:
+    Args:
+        note: takes the name of the weight and which of its dimensions reads, the input, channels first, and the call.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[Reading, Tensor, Mapping[str, object]], None]) -> None:
         super().__init__()
         self._names = {id(tensor): name for name, tensor in named_tensors(model)}
         self._note = note
@@ -251,7 +263,8 @@ class ReaderInputs(TorchFunctionMode):
                 convolution = x.dim() - weight.dim() + 1  # a batch dimension may be missing
                 dim = {"linear": x.dim() - 1, "channel_select": 1}.get(name, convolution)
                 padding = argument(args, kwargs, 4, "padding", 0) if name.startswith("conv") else 0
-                self._note(own, x.movedim(dim, 0), {"call": name, "padding": padding})
+                reading = (own, 0 if name in TRANSPOSED else 1)
+                self._note(reading, x.movedim(dim, 0), {"call": name, "padding": padding})
         return func(*args, **kwargs)
 
 
@@ -263,18 +276,18 @@ class _Comparison:
     masks: LayerMasks
     groups: ChannelGroups
     constant: dict[str, Channels]
-    first: list[tuple[str, Tensor]] = field(default_factory=list)
+    first: list[tuple[Reading, Tensor]] = field(default_factory=list)
     runs: int = 0
     calls: int = 0
     fewest: int = _ENOUGH
 
     def __post_init__(self) -> None:
-        self.readers: dict[str, list[tuple[str, GroupMember]]] = {}
+        self.readers: dict[Reading, list[tuple[str, GroupMember]]] = {}
         self.unread = {name: channels.copy() for name, channels in self.constant.items()}
         for name in self.constant:
             for member in self.groups[name].members:
                 if member.reads:
-                    self.readers.setdefault(member.tensor, []).append((name, member))
+                    self.readers.setdefault((member.tensor, member.dim), []).append((name, member))
 
     @contextmanager
     def one_run(self) -> Iterator[None]:
@@ -292,16 +305,16 @@ class _Comparison:
             self.constant[name] = self.constant[name] & ~unread
         return self.fewest * self.runs
 
-    def _note(self, weight: str, x: Tensor, _: Mapping[str, object]) -> None:
-        members = self.readers.get(weight)
+    def _note(self, reading: Reading, x: Tensor, _: Mapping[str, object]) -> None:
+        members = self.readers.get(reading)
         if not members:
             return
         if self.runs == 0:
-            self.first.append((weight, x.clone()))
+            self.first.append((reading, x.clone()))
             return
         number, self.calls = self.calls, self.calls + 1
-        name, before = self.first[number] if number < len(self.first) else ("", x)
-        same_call = name == weight and before.shape == x.shape
+        earlier, before = self.first[number] if number < len(self.first) else (("", 0), x)
+        same_call = earlier == reading and before.shape == x.shape
         moved = _moved(x, before) if same_call else None
         for group, member in members:
             self._judge(group, member, moved, x)

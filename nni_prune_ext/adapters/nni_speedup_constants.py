@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_prune_ext.adapters.nni_masks import LayerMasks
-from nni_prune_ext.adapters.nni_speedup_channels import ReaderInputs, masked_activations
+from nni_prune_ext.adapters.nni_speedup_channels import TRANSPOSED, ReaderInputs, Reading, masked_activations
 from nni_prune_ext.adapters.nni_speedup_errors import ConstantError
 from nni_prune_ext.graph.channel_groups import root_name
 from nni_prune_ext.graph.model_copy import copy_model, named_tensors
@@ -58,7 +58,7 @@ def absorb_constants(
     generator = torch.Generator().manual_seed(0)
     inputs = cast_floats(example_inputs, torch.float64)
     tried = [inputs, *(random_like(inputs, generator) for _ in range(_INPUTS))]
-    readings = _Readings(_lost_columns(removal))
+    readings = _Readings(_lost_columns(removal, masks))
     with unchanged_globals(), torch.no_grad():
         if removal.plan.rewrites:
             masked = apply_rewrites(masked, removal.plan.rewrites, inputs)
@@ -80,15 +80,21 @@ def absorb_constants(
     return tuple(root_name(name) for name in shifts)
 
 
-def _lost_columns(removal: Removal) -> dict[str, Tensor]:
-    """Returns reader → ``(W,)`` bool over its columns, ``True`` for those that were removed."""
+def _lost_columns(removal: Removal, masks: LayerMasks) -> dict[Reading, Tensor]:
+    """Returns reader → ``(W,)`` bool over its columns, ``True`` where removed and not masked itself."""
     lost = {}
     for group in removal.groups:
         for member in group.members:
             kept = removal.kept.get(member.tensor, {}).get(member.dim)
-            if member.reads and kept is not None:
-                lost[member.tensor] = torch.ones(removal.groups.shapes[member.tensor][member.dim], dtype=torch.bool)
-                lost[member.tensor][kept.cpu()] = False
+            if not member.reads or kept is None:
+                continue
+            columns = torch.ones(removal.groups.shapes[member.tensor][member.dim], dtype=torch.bool)
+            columns[kept.cpu()] = False
+            silent = masks.silent(member.tensor, member.dim)
+            if silent is not None:
+                columns[torch.from_numpy(silent)] = False
+            if columns.any():
+                lost[member.tensor, member.dim] = columns
     return lost
 
 
@@ -96,11 +102,11 @@ def _lost_columns(removal: Removal) -> dict[str, Tensor]:
 class _Readings:
     """What the readers of the masked model see of the removed channels."""
 
-    lost: Mapping[str, Tensor]
-    values: dict[str, Tensor] = field(default_factory=dict)
+    lost: Mapping[Reading, Tensor]
+    values: dict[Reading, Tensor] = field(default_factory=dict)
     """Reader → ``(groups, W)`` float64, zero where nothing was removed."""
 
-    def note(self, weight: str, x: Tensor, call: Mapping[str, object]) -> None:
+    def note(self, reading: Reading, x: Tensor, call: Mapping[str, object]) -> None:
         """Notes one call of a reader.
 
         Args:
@@ -109,12 +115,12 @@ class _Readings:
         Raises:
             ConstantError: a removed channel is not one constant, or no bias can stand for it.
         """
-        lost = self.lost.get(weight)
+        lost, weight = self.lost.get(reading), reading[0]
         if lost is None:
             return
         flat = x.reshape(-1, len(lost), x[0].numel())  # partners in the groups of a grouped convolution come first
         found = torch.where(lost.to(x.device), flat[:, :, 0], 0)
-        value = self.values.setdefault(weight, found)
+        value = self.values.setdefault(reading, found)
         bound = _EXACT * max(float(flat.abs().max()), 1e-30)
         gap = (flat - value[:, :, None]).abs().amax((0, 2))
         if float(gap[lost].max()) > bound:
@@ -124,7 +130,7 @@ class _Readings:
             )
         if float(value.abs().max()) <= bound:
             return
-        if call["call"] in ("channel_select", *_TRANSPOSED) or not _unpadded(call["padding"]):
+        if call["call"] in ("channel_select", *TRANSPOSED) or not _unpadded(call["padding"]):
             raise ConstantError(
                 f"'{root_name(weight)}' pads its input with zeros or spreads it, and reads a masked channel "
                 f"({int(value.abs().amax(0).argmax())}) that still carries {float(value.abs().max()):.1e}, expected "
@@ -135,15 +141,12 @@ class _Readings:
         """Returns reader → what its outputs owe to the removed channels, ``(outputs,)`` float64; zeros are left out."""
         weights = dict(named_tensors(model))
         result = {}
-        for name, value in self.values.items():
+        for (name, _), value in self.values.items():
             if bool(value.any()):
                 kernel = weights[name].flatten(2).sum(2) if weights[name].dim() > 2 else weights[name]
                 per_group = kernel.view(len(value), -1, value.shape[1])
                 result[name] = (per_group * value[:, None]).sum(2).reshape(-1)
         return result
-
-
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 def _unpadded(padding: object) -> bool:
@@ -154,20 +157,20 @@ def _unpadded(padding: object) -> bool:
 
 def _add(model: nn.Module, removal: Removal, shifts: Mapping[str, Tensor]) -> None:
     """Adds to the biases of a compact model, in its own precision; a layer without one gets one."""
-    owners = {id(m.weight): m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor)}
     compact = dict(named_tensors(model))
     for name, shift in shifts.items():
         weight = compact[name]
         kept = removal.kept.get(name, {}).get(0)
-        owner = owners.get(id(weight))
-        if owner is None or "bias" not in owner._parameters:
+        owners = [m for m in model.modules() if getattr(m, "weight", None) is weight and "bias" in m._parameters]
+        if not owners:
             raise ConstantError(
                 f"'{name}' reads constants of removed channels, but is not the weight of a layer that may have a bias. "
                 f"{_REMEDY}"
             )
         alive = shift if kept is None else shift[kept.to(shift.device)]
-        bias = owner._parameters["bias"]
-        if bias is None:
-            owner._parameters["bias"] = nn.Parameter(alive.to(weight), requires_grad=weight.requires_grad)
-        else:
-            bias.data.add_(alive.to(bias))
+        for bias in {id(owner._parameters["bias"]): owner._parameters["bias"] for owner in owners}.values():
+            if bias is not None:
+                bias.data.add_(alive.to(bias))
+        for owner in owners:
+            if owner._parameters["bias"] is None:
+                owner._parameters["bias"] = nn.Parameter(alive.to(weight), requires_grad=weight.requires_grad)

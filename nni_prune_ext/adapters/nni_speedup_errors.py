@@ -24,7 +24,7 @@ class FineGrainedMaskError(SpeedupError):
 
 
 class ConstantError(SpeedupError):
-    """A removed channel carries a value that no bias can stand for exactly."""
+    """The compact model cannot be exactly the masked one: a value that no bias stands for, or masks that disagree."""
 
 
 class ShapeMisMatchError(SpeedupError, error_code.ShapeMisMatchError):  # type: ignore[misc]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from nni_prune_ext.adapters.nni_masks import OUTPUT, LayerMasks
+from nni_prune_ext.adapters.nni_masks import OUTPUT, LayerMasks, silent_positions
 from nni_prune_ext.adapters.nni_speedup_channels import holds, silent_channels
 from nni_prune_ext.certificate import Certificate
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, root_name
@@ -25,7 +25,7 @@ class KeptMask:
     """Channels of one tensor that the masks silence and that stay.
 
     Attributes:
-        tensor: name of the masked parameter.
+        tensor: what is masked: the layer and its parameter, input or output.
         channels: positions that stay although they are masked.
         width: number of channels of the tensor in this dimension.
         reason: why they stay.
@@ -109,33 +109,38 @@ def kept_masks(
         gone: group → the channels that go.
     """
     result = []
-    for tensor, mask in masks.tensors.items():
-        if tensor.endswith("bias") and f"{tensor[: -len('bias')]}weight" in masks.tensors:
+    for (module, target), (tensor, mask) in masks.given.items():
+        if target == "bias" and (module, "weight") in masks.given:
             continue
         for dim in range(min(mask.dim(), 2)):
-            silent = masks.silent(tensor, dim)
-            if silent is not None and silent.any() and not (dim and silent.all()):
-                result.append(_kept(tensor, tensor, dim, silent, masks, groups, gone))
+            silent = silent_positions(mask, dim)
+            if silent.any() and not (dim and silent.all()):
+                asked = _Asked(module, target, tensor, dim, silent)
+                result.append(_kept(asked, masks, groups, gone))
     names = {id(tensor): name for name, tensor in named_tensors(model)}
     modules = dict(model.named_modules(remove_duplicate=False))
     for (module, target), mask in masks.activations.items():
         tensor = names.get(id(getattr(modules[module], "weight", None)), "")
-        silent = ~mask.squeeze().numpy()
-        if tensor and silent.ndim == 1 and silent.any():
+        silent = silent_positions(mask, _channels_of(modules[module], mask)) if mask.dim() else ~mask.view(1).numpy()
+        if tensor and len(silent) > 1 and silent.any():
             dim = _dimension(groups, tensor, len(silent), written=target.startswith(OUTPUT))
-            result.append(_kept(f"{module}.{target}", tensor, dim, silent, masks, groups, gone))
+            result.append(_kept(_Asked(module, target, tensor, dim, silent), masks, groups, gone))
     return [kept for kept in result if kept.channels]
 
 
-def _kept(
-    name: str,
-    tensor: str,
-    dim: int,
-    silent: Channels,
-    masks: LayerMasks,
-    groups: ChannelGroups,
-    gone: Mapping[str, Channels],
-) -> KeptMask:
+@dataclass(frozen=True)
+class _Asked:
+    """Channels that one module masks, in one dimension of one tensor."""
+
+    module: str
+    target: str
+    tensor: str
+    dim: int
+    silent: Channels
+
+
+def _kept(asked: _Asked, masks: LayerMasks, groups: ChannelGroups, gone: Mapping[str, Channels]) -> KeptMask:
+    tensor, dim, silent = asked.tensor, asked.dim, asked.silent
     covered = np.zeros(len(silent), dtype=np.bool_)
     reasons: dict[str, None] = {}
     for group, member in groups.holding(tensor, dim):
@@ -143,8 +148,25 @@ def _kept(
         covered[member.index[~stays]] = True
         if (silent[member.index] & stays).any():
             reasons[_why(group, masks, gone[group.name], tensor)] = None
-    left = tuple(int(c) for c in np.flatnonzero(silent & ~covered))
-    return KeptMask(name, left, len(silent), "; ".join(reasons) or _protection(groups, tensor, dim))
+    left = silent & ~covered
+    agreed = masks.silent(tensor, dim)
+    others = ", ".join(f"'{name}'" for name in masks.disputed.get(tensor, ()) if name != asked.module)
+    if others and agreed is not None and (left & ~agreed).any():
+        reasons = {f"it is the weight of {others} too, where they are not all masked": None}
+    return KeptMask(
+        f"{asked.module}.{asked.target}".lstrip("."),
+        tuple(int(c) for c in np.flatnonzero(left)),
+        len(silent),
+        "; ".join(reasons) or _protection(groups, tensor, dim),
+    )
+
+
+def _channels_of(module: nn.Module, mask: Tensor) -> int:
+    """Returns the dimension of an input or output of a layer that holds channels."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return max(mask.dim() - module.weight.dim() + 1, 0)  # a batch dimension may be missing
+    images = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU))
+    return 1 if images and mask.dim() > 1 else mask.dim() - 1
 
 
 def _dimension(groups: ChannelGroups, tensor: str, width: int, *, written: bool) -> int:
@@ -156,7 +178,7 @@ def _dimension(groups: ChannelGroups, tensor: str, width: int, *, written: bool)
     return 0 if written else 1
 
 
-def removed_channels(removal: Removal) -> dict[str, tuple[int, ...]]:
+def lost_outputs(removal: Removal) -> dict[str, tuple[int, ...]]:
     """Returns layer → the output channels that it lost, for every layer that writes channels, coupled or not."""
     result = {}
     for group in removal.groups:

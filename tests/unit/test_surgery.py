@@ -202,3 +202,106 @@ def test_a_layer_that_a_rewrite_has_put_in_is_taken_over_with_its_parent() -> No
 
     assert model.conv1 is stem
     assert torch.equal(compact(x), model(x))
+
+
+class WithAttributes(nn.Module):
+    """A module that refers to its layers and parameters in more ways than one, and to what is none of its own."""
+
+    def __init__(self, config: dict[str, object]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.config, self.calls = config, [0]
+        self.layers, self.weights = [self.first, self.last], {"first": self.first.weight}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls[0] += 1
+        return self.layers[1](self.layers[0](x).relu())
+
+    def count(self, *_: object) -> None:
+        self.calls[0] += 10
+
+
+def cut_in_place(model: nn.Module, x: torch.Tensor) -> None:
+    groups = trace_channel_groups(model, x)
+    take_over(model, cut_channels(model, plan_from_channels(groups, {"first": [1, 5]}), x, groups=groups).model)
+
+
+def test_hooks_on_a_model_that_takes_over_a_compact_one_go_on_counting_and_can_be_removed() -> None:
+    model, x, seen = WithAttributes({}), torch.randn(2, 3, 4, 4), []
+
+    class Recorder:
+        def record(self, *_: object) -> None:
+            seen.append(self)
+
+    recorder = Recorder()
+    handles = [
+        model.first.register_forward_hook(recorder.record),
+        model.first.register_forward_pre_hook(recorder.record),
+        model.last.register_full_backward_hook(recorder.record),
+        model.register_state_dict_pre_hook(recorder.record),
+    ]
+    cut_in_place(model, x)
+
+    seen.clear()
+    model(x).sum().backward()
+    model.state_dict()
+    assert [recorder] * 4 == seen
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    model.state_dict()
+    assert 4 == len(seen)
+
+
+def test_attributes_of_a_model_that_takes_over_a_compact_one_stay_the_same_objects() -> None:
+    config, x = {"lr": 0.1}, torch.randn(2, 3, 4, 4)
+    model = WithAttributes(config)
+    model.cached = model.first(x)
+    layers, calls, cached = model.layers, model.calls, model.cached
+
+    cut_in_place(model, x)
+
+    assert model.config is config
+    assert model.calls is calls
+    assert model.layers is layers
+    assert model.cached is cached
+    assert model.layers[0] is model.first
+
+
+def test_attributes_that_hold_parameters_hold_those_of_the_compact_model_after_a_takeover() -> None:
+    model, x = WithAttributes({}), torch.randn(2, 3, 4, 4)
+    vars(model)["direct"] = model.first.weight
+    model.last.of_another = model.weights
+
+    cut_in_place(model, x)
+
+    assert model.weights["first"] is model.first.weight
+    assert model.direct is model.first.weight
+    assert model.last.of_another is model.weights
+    assert (6, 3, 1, 1) == model.weights["first"].shape
+    assert (2, 2, 4, 4) == model(x).shape
+
+
+def test_a_bound_forward_runs_the_module_itself_after_a_takeover() -> None:
+    model, x = WithAttributes({}), torch.randn(2, 3, 4, 4)
+    model.first.forward = model.first.forward
+    forward = model.first.forward
+
+    cut_in_place(model, x)
+
+    assert model.first.forward is forward
+    assert 6 == model(x).shape[1] + 4
+
+
+def test_a_list_of_layers_follows_a_layer_that_a_rewrite_has_put_in() -> None:
+    torch.manual_seed(0)
+    model, x = build_model("resnet20").eval(), torch.randn(2, 3, 32, 32)
+    block = next(m for m in model.modules() if type(getattr(m, "shortcut", None)).__name__ == "PadShortcut")
+    block.parts = [block.shortcut]
+    groups = trace_channel_groups(model, x)
+    plan = plan_from_channels(groups, {next(iter(groups)).name: [0, 3]})
+
+    take_over(model, cut_channels(model, plan, x, groups=groups).model)
+
+    assert type(block.shortcut).__name__ != "PadShortcut"
+    assert block.parts[0] is block.shortcut

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import nni.compression.speedup as theirs
 import pytest
@@ -183,6 +185,64 @@ def test_masks_of_outputs_that_stay_are_reported() -> None:
     assert [("head._output_0", (0, 1)), ("stem._output_0", (3, 4))] == [(k.tensor, k.channels) for k in report.kept]
     assert "output" in report.kept[0].reason
     assert "tied to second" in report.kept[1].reason
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+class Results(OrderedDict):
+    """A dict with attributes, as models of transformers return."""
+
+    @property
+    def right(self) -> Tensor:
+        return self["right"]
+
+
+class Containers(nn.Module):
+    """A block that returns two tensors in a container of some kind."""
+
+    def __init__(self, container: Callable[..., object]) -> None:
+        super().__init__()
+        self.conv, self.container = nn.Conv2d(3, 8, 3), container
+
+    def forward(self, x: Tensor) -> object:
+        x = self.conv(x)
+        return self.container(left=x, right=x.relu())
+
+
+@pytest.mark.parametrize(("container", "target"), [(Pair, "_output_1"), (Results, "_output_right")])
+def test_outputs_in_named_tuples_and_subclasses_of_dict_are_masked_and_stay_what_they_are(
+    container: Callable[..., object], target: str
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Containers(container), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x).right)
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    mask = torch.ones(1, 8, 1, 1)
+    mask[:, :4] = 0
+
+    speedup(model, {"block": {target: mask}})
+
+    assert (4, 4) == (model.block.conv.out_channels, model.head.in_channels)
+
+
+@pytest.mark.parametrize("layer", ["stem", "stem_norm"])
+def test_masks_of_outputs_in_full_shape_that_stay_are_reported(layer: str) -> None:
+    model = residual()
+    mask = torch.ones(2, 8, 16, 16)
+    mask[:, 3:5] = 0
+
+    report = speedup(model, {layer: {"_output_0": mask}}).report
+
+    assert [(f"{layer}._output_0", (3, 4))] == [(k.tensor, k.channels) for k in report.kept]
 
 
 class Fork(nn.Module):
@@ -461,6 +521,16 @@ def test_a_refusal_leaves_the_model_unchanged() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_second_speedup_says_that_there_was_a_first() -> None:
+    model = residual()
+    result = speedup(model, first_masks(model))
+
+    with pytest.raises(SpeedupError, match=r"already been sped up.*new ModelSpeedup"):
+        result.speedup_model()
+
+    assert 7 == model.first.out_channels
+
+
 # -- what is said ------------------------------------------------------------------------------------------------
 
 
@@ -558,6 +628,29 @@ def test_bad_masks_are_refused_by_an_error_of_nnis_family_and_of_ours(
 
     assert isinstance(caught.value, error_code.SpeedupError)
     assert isinstance(caught.value, NniPruneExtError)
+
+
+@pytest.mark.parametrize(
+    ("normed", "remedy"),
+    [(nn.utils.parametrizations.weight_norm, "remove_parametrizations"), (nn.utils.weight_norm, "remove_weight_norm")],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_masks_of_a_weight_that_is_computed_are_refused_with_what_to_do_first(
+    normed: Callable[[nn.Module], nn.Module], remedy: str
+) -> None:
+    model = residual()
+    mask = rows(model.first.weight, range(5))
+    normed(model.first)
+
+    with pytest.raises(SpeedupError, match=rf"'weight' of 'first' is computed .*{remedy}"):
+        ModelSpeedup(model, X, {"first": {"weight": mask}})
+
+
+def test_a_dummy_input_of_another_kind_is_refused() -> None:
+    model = residual()
+
+    with pytest.raises(NniPruneExtError, match=r"dummy_input is a str, expected a tensor"):
+        ModelSpeedup(model, "picture", first_masks(model))
 
 
 def test_an_unknown_semantics_is_refused() -> None:

@@ -29,8 +29,10 @@ from torch.nn import functional
 from torchvision.models import get_model
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
+from nni_prune_ext.inputs import call_model, cast_floats, tensors_in
 from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.speedup import ConstantError, ModelSpeedup
+from nni_prune_ext.testing.toy_models import ZOO
 from nni_prune_ext.utils import align_batchnorm, auto_set_dependency_group_ids
 
 QUICK = ["resnet18", "mobilenet_v2", "mobilenet_v3_small"]
@@ -309,6 +311,90 @@ def test_shortcuts_that_pad_channels_are_rewritten_and_the_masked_model_is_kept(
 
     assert params(compact) < 0.4 * params(model)
     assert error(compact, x, expected) < 1e-12
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_channels_of_a_stage_go_only_where_neither_its_layers_nor_its_padded_shortcut_carry_a_signal(ids: bool) -> None:
+    model, x = build_model("resnet20").eval().double(), torch.randn(2, 3, 16, 16).double()
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    masks = simulate(L1NormPruner(model, auto_set_dependency_group_ids(model, config, x) if ids else config))
+    speedup = ModelSpeedup(copy.deepcopy(model), x, masks, logger=logging.getLogger("quiet"))
+    speedup.speedup_model()
+    read: dict[str, list[Tensor]] = {}
+    for seed in range(3):  # a ReLU that happens to be off must not count as a constant
+        torch.manual_seed(seed)
+        masked = copy.deepcopy(model)
+        for name, layer in masked.named_modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.bias.data.normal_()
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data.normal_(std=0.1).mul_(masks[name]["weight"])
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_pre_hook(
+                    lambda _, args, name=name: read.setdefault(name, []).append(args[0].clone())
+                )
+        read.clear()
+        for _ in range(3):
+            masked(torch.randn_like(x))
+
+        checked = 0
+        for name, inputs in read.items():
+            seen, kept = torch.cat(inputs), speedup.removal.kept.get(f"{name}.weight", {}).get(1)
+            if kept is not None:
+                gone = sorted(set(range(seen.shape[1])) - set(kept.tolist()))
+                assert float((seen - seen[:1])[:, gone].abs().max()) < 1e-12
+                checked += len(gone)
+        assert checked > 150
+    assert any("shortcut" in mask.reason for mask in speedup.report.kept)
+
+
+NOT_IN_NNI = {"StandardisedConv", "NonDynamicallyQuantizableLinear"}
+NOT_ABSORBED = {
+    ("depthwise", "out_channel"): "pads its input",
+    ("group_norm", "out_channel"): "differs over positions",
+    ("group_norm", "in_channel"): "a norm over channels",
+    ("layer_norm", "out_channel"): "differs over positions",
+    ("layer_norm", "in_channel"): "a norm over channels",
+    ("transposed_depthwise", "out_channel"): "pads its input with zeros or spreads it",
+    ("patch_merging", "out_channel"): "differs over positions",
+    ("channel_buffers", "out_channel"): "pads its input",
+}
+"""Norms over channels, and shifts that no batch norm makes, before padding."""
+
+
+@pytest.mark.parametrize("granularity", ["out_channel", "in_channel"])
+@pytest.mark.parametrize("name", ZOO)
+def test_exact_semantics_over_the_zoo_give_the_simulated_model_or_are_refused(name: str, granularity: str) -> None:
+    torch.manual_seed(0)
+    model = ZOO[name].build().double().eval()
+    x = cast_floats(ZOO[name].example_inputs(), torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                tensor.data.uniform_(0.5, 1.5)
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
+    config = [{"op_types": sorted(kinds - NOT_IN_NNI), "sparse_ratio": 0.5}]
+    if granularity == "in_channel":
+        config[0] |= {"granularity": "in_channel", "target_names": ["weight"]}
+    else:
+        config[0]["op_types"] = sorted(kinds - NOT_IN_NNI - {"ConvTranspose2d"})  # NNI masks its bias by its inputs
+        config = align_batchnorm(model, config, x)
+    pruner = L1NormPruner(model, config)
+    _, masks = pruner.compress()
+    with torch.no_grad():
+        expected = list(tensors_in(call_model(model, x)))
+    pruner.unwrap_model()
+
+    speedup = ModelSpeedup(model, x, masks, logger=logging.getLogger("quiet"), constants="absorb")
+    refusal = NOT_ABSORBED.get((name, granularity))
+    if refusal:
+        with pytest.raises(ConstantError, match=refusal):
+            speedup.speedup_model()
+        return
+    speedup.speedup_model()
+
+    for want, got in zip(expected, tensors_in(call_model(model, x)), strict=True):
+        assert torch.allclose(want.double(), got.double(), rtol=0, atol=1e-9 * float(want.abs().max()))
 
 
 # -- trying out --------------------------------------------------------------------------------------------------

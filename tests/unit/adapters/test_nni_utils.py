@@ -140,8 +140,106 @@ def test_different_goals_for_layers_that_hang_together_are_refused_with_both_nam
         {"op_names": ["layer1.0.conv2"], "sparse_ratio": 0.5},
     ]
 
-    with pytest.raises(ConfigListError, match=r"'conv1' and 'layer1.0.conv2'.*0.25 and 0.5"):
+    with pytest.raises(ConfigListError, match=r"'conv1' and 'layer1.0.conv2'.*sparse_ratio 0.25 and sparse_ratio 0.5"):
         auto_set_dependency_group_ids(resnet18(), config, X)
+
+
+@pytest.mark.parametrize(
+    "goals", [{"sparse_threshold": 0.5}, {"target_settings": {"weight": {"sparse_threshold": 0.5}}}]
+)
+def test_layers_with_thresholds_get_no_ids_as_nni_ranks_only_by_ratios(
+    goals: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = [{"op_names": ["conv1"], **goals}, {"op_names": ["layer1.0.conv2"], "sparse_threshold": 0.9}]
+    model = resnet18()
+
+    with caplog.at_level(logging.WARNING):
+        found = auto_set_dependency_group_ids(model, config, X)
+
+    assert config == found
+    assert "conv1, layer1.0.conv2" in caplog.text
+    L1NormPruner(model, found).compress()
+
+
+def test_layers_with_thresholds_before_a_grouped_convolution_get_no_blocks() -> None:
+    config = [{"op_names": ["a"], "sparse_threshold": 0.5}]
+
+    assert config == auto_set_dependency_group_ids(Grouped(), config, X)
+
+
+def test_a_ratio_and_a_threshold_for_layers_that_hang_together_are_refused_with_both_values() -> None:
+    config = [
+        {"op_names": ["conv1"], "sparse_ratio": 0.25},
+        {"op_names": ["layer1.0.conv2"], "sparse_threshold": 0.5},
+    ]
+
+    with pytest.raises(ConfigListError, match=r"sparse_ratio 0.25 and sparse_threshold 0.5"):
+        auto_set_dependency_group_ids(resnet18(), config, X)
+
+
+class Parallel(nn.Module):
+    """Both convolutions are called before their norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.na, self.nb, self.head = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        return self.head((self.na(a).relu() + self.nb(b).relu()).mean((2, 3)))
+
+
+def sources(config: list[dict[str, object]]) -> dict[str, str]:
+    return {
+        entry["op_names"][0]: entry["target_settings"]["weight"]["align"]["module_name"]
+        for entry in config
+        if "align" in entry.get("target_settings", {}).get("weight", {})
+    }
+
+
+def test_batch_norms_are_aligned_to_the_convolution_whose_output_they_take_in_whatever_order_they_are_called() -> None:
+    assert {"na": "a", "nb": "b"} == sources(align_batchnorm(Parallel(), CONFIG, X))
+
+
+def test_a_batch_norm_behind_a_convolution_that_is_not_pruned_is_not_aligned_to_the_one_beside_it() -> None:
+    assert {"na": "a"} == sources(align_batchnorm(Parallel(), [{"op_names": ["a"], "sparse_ratio": 0.5}], X))
+
+
+class BeforeActivation(nn.Module):
+    """A norm over a sum of two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.a(x) + self.b(x)).relu().mean((2, 3)))
+
+
+def test_a_batch_norm_over_a_sum_is_aligned_only_if_all_parts_share_one_mask(caplog: pytest.LogCaptureFixture) -> None:
+    model = BeforeActivation()
+
+    with caplog.at_level(logging.WARNING):
+        apart = align_batchnorm(model, CONFIG, X)
+    together = align_batchnorm(model, auto_set_dependency_group_ids(model, CONFIG, X), X)
+
+    assert {} == sources(apart)
+    assert "norm" in caplog.text
+    assert ["norm"] == list(sources(together))
+
+
+def test_a_batch_norm_over_a_sum_with_a_part_that_is_not_pruned_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = align_batchnorm(BeforeActivation(), [{"op_names": ["a"], "sparse_ratio": 0.5}], X)
+
+    assert {} == sources(found)
+    assert "norm" in caplog.text
 
 
 def test_batch_norms_are_aligned_to_the_convolution_right_before_them() -> None:
