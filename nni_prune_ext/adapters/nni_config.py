@@ -95,6 +95,23 @@ def check_config_list(
         ConfigListError: an entry selects nothing, is out of range, or contradicts itself or another entry.
         schema.SchemaError: it is not of NNI's form.
     """
+    targets: list[ConfiguredTarget] = []
+    for number, name, module, settings in selected_modules(model, config_list):
+        targets += _module_targets(number, name, module, settings)
+    patterns = _check_each(targets, granularity)
+    _check_together(targets, patterns)
+    return tuple(targets)
+
+
+def selected_modules(
+    model: nn.Module, config_list: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, str, nn.Module, Entry]]:
+    """Returns number of the entry, name, module and settings of everything that a config_list selects.
+
+    Raises:
+        ConfigListError: it is no list of dicts, or an entry names or selects nothing; or the model is still wrapped.
+        schema.SchemaError: it is not of NNI's form.
+    """
     if (
         not isinstance(config_list, (list, tuple))
         or not config_list
@@ -110,9 +127,9 @@ def check_config_list(
             f"'{wrapped}' is still wrapped by another pruner, expected a plain model. Call that pruner's "
             "unwrap_model() first, or make this one with from_compressor."
         )
-    entries = cast("list[Entry]", trans_legacy_config_list(copy.deepcopy(list(config_list))))
+    entries = cast("list[Entry]", trans_legacy_config_list([dict(entry) for entry in copy.deepcopy(config_list)]))
     schema = default_config_schema("pruning")
-    targets: list[ConfiguredTarget] = []
+    found: list[tuple[int, str, nn.Module, Entry]] = []
     for number, entry in enumerate(entries):
         schema.validate(entry)
         _check_names(model, number, entry)
@@ -122,11 +139,8 @@ def check_config_list(
                 f"Entry {number} of the config_list, {_short(entry)}, selects no module of {type(model).__name__}, "
                 "expected at least one. Widen op_types, op_names or op_names_re, or exclude less."
             )
-        for name in sorted(selected):
-            targets += _module_targets(number, name, selected[name], settings)
-    patterns = _check_each(targets, granularity)
-    _check_together(targets, patterns)
-    return tuple(targets)
+        found += [(number, name, selected[name], settings) for name in sorted(selected)]
+    return found
 
 
 def _check_names(model: nn.Module, number: int, entry: Entry) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.utils import (
     Scaling,
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nni_prune_ext.adapters.nni_config import selected_modules
 from nni_prune_ext.adapters.nni_targets import inputs_of
-from nni_prune_ext.errors import ConfigListError
+from nni_prune_ext.errors import ConfigError, ConfigListError
 from nni_prune_ext.graph.channel_groups import (
     ChannelGroup,
     ChannelGroups,
@@ -45,6 +47,7 @@ __all__ = [
     "Scaling",
     "align_batchnorm",
     "auto_set_dependency_group_ids",
+    "auto_set_dependency_group_ids_of_graph",
     "check_ddp_model",
     "get_nested_attr",
     "has_nested_attr",
@@ -73,8 +76,10 @@ def auto_set_dependency_group_ids(
         dummy_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        ConfigListError: layers that hang together have different goals, which NNI cannot express.
+        ConfigListError: the config_list is wrong, or layers that hang together have different goals, which NNI cannot
+            express.
     """
+    selected_modules(model, config_list)  # refuses what selects nothing
     groups = trace_channel_groups(model, inputs_of(dummy_input))
     modules = dict(model.named_modules())
     ids, blocks = _coupled_layers(model, groups), _blocks(model, groups)
@@ -112,6 +117,33 @@ def auto_set_dependency_group_ids(
                 ", ".join(names),
             )
     return result
+
+
+def auto_set_dependency_group_ids_of_graph(
+    graph_module: nn.Module, config_list: Sequence[Mapping[str, Any]], prune_type: Any = "Filter", prune_axis: int = 0
+) -> ConfigList:
+    """Does the same from a ``torch.fx`` graph with shapes, as the function of this name in NNI's speedup does.
+
+    Args:
+        graph_module: a ``GraphModule`` that ``ShapeProp`` has been run on; its example inputs are made from the shapes.
+        prune_type: ignored; or the example input, which the function in NNI's ``utils`` takes in this place.
+        prune_axis: ignored.
+
+    Raises:
+        ConfigError: there are neither shapes nor an example input.
+    """
+    if not isinstance(prune_type, str):
+        return auto_set_dependency_group_ids(graph_module, config_list, prune_type)
+    nodes = graph_module.graph.nodes if isinstance(graph_module, torch.fx.GraphModule) else ()
+    known = [node.meta.get("tensor_meta") for node in nodes if node.op == "placeholder"]
+    if not known or any(meta is None for meta in known):
+        raise ConfigError(
+            f"The {type(graph_module).__name__} knows no shapes of its inputs, expected a GraphModule after "
+            "torch.fx.passes.shape_prop.ShapeProp(graph).propagate(example). Or pass the example input as third "
+            "argument."
+        )
+    inputs = tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in known)
+    return auto_set_dependency_group_ids(graph_module, config_list, inputs)
 
 
 def _goal(settings: Mapping[str, Any]) -> str:

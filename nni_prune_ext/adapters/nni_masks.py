@@ -86,7 +86,7 @@ def layer_masks(given: Mapping[str, Mapping[str, object]], model: nn.Module) -> 
         SpeedupError: a masked weight is computed from other parameters.
         FineGrainedMaskError: every layer is masked, but none in whole channels.
     """
-    _refuse_wrapped(model)
+    _refuse_other_models(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     first_names = {id(module): name for name, module in model.named_modules()}
     known = {id(tensor): name for name, tensor in named_tensors(model)}
@@ -163,10 +163,14 @@ def _load(path: Path, map_location: Any) -> object:
     try:
         with torch.serialization.safe_globals([(_plain_dict, "collections.defaultdict"), dict]):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except pickle.UnpicklingError as error:
         raise MaskFileError(
-            f"'{path}' cannot be read as masks: {(str(error).splitlines() or [type(error).__name__])[0]} Expected "
-            f"nothing but tensors in dicts; anything else is not loaded, as it could run code. {_HOW}"
+            f"'{path}' holds something else than tensors in dicts, or is no file of torch.save. Expected masks and "
+            f"nothing else: what could run code is not loaded. {_HOW}"
+        ) from error
+    except Exception as error:  # what torch raises on bytes that are no pickle has no common class
+        raise MaskFileError(
+            f"'{path}' cannot be read as masks: {type(error).__name__}: {error}. Expected a file of torch.save. {_HOW}"
         ) from error
 
 
@@ -179,7 +183,14 @@ def _kind(value: object) -> str:
     return "a mapping with something else than targets in it" if isinstance(value, Mapping) else type(value).__name__
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def _refuse_other_models(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise SpeedupError(f"The model is a {type(model).__name__}, expected an nn.Module. Pass the model to speed up.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise SpeedupError(
+            "The model is a DistributedDataParallel, whose processes cannot be copied; expected the plain model. Pass "
+            "model.module, and wrap the smaller model anew."
+        )
     for name, module in model.named_modules():
         if "_nni_wrapper" in module._modules:
             raise WrappedModelError(

@@ -54,7 +54,7 @@ from nni_prune_ext.adapters.nni_method_run import (
 )
 from nni_prune_ext.adapters.nni_pruner_options import checked_options, option_names
 from nni_prune_ext.adapters.nni_sparsity import make_masks
-from nni_prune_ext.adapters.nni_speedup_channels import removable_channels
+from nni_prune_ext.adapters.nni_speedup import removal_of
 from nni_prune_ext.adapters.nni_targets import (
     ChannelTargets,
     Masks,
@@ -68,7 +68,7 @@ from nni_prune_ext.adapters.nni_targets import (
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.methods.base import MethodSpec, Outcome
-from nni_prune_ext.plan import PruningPlan, plan_from_channels
+from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.training.processes import averaged
 
 _logger = logging.getLogger(__name__)
@@ -182,6 +182,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
 
         Raises:
             ConfigError: there is no example input that the model runs on.
+            SpeedupError: masks of single weights, or a layer without any channel left.
         """
         if not self.channels.traced:
             raise ConfigError(
@@ -189,9 +190,8 @@ class MethodPruner(Pruner):  # type: ignore[misc]
                 "masks do not make a plan. Pass dummy_input=."
             )
         model = plain_copy(self._skeleton, self.bound_model, None)
-        groups, masks = self.channels.groups, layer_masks(self.get_masks(), model)
-        gone = removable_channels(model, masks, self.channels.example_inputs, groups)
-        return plan_from_channels(groups, {name: own for name, own in gone.items() if own.any() and not own.all()})
+        removal, _ = removal_of(model, layer_masks(self.get_masks(), model), self.channels.example_inputs)
+        return removal.plan
 
     def _places(self) -> list[Place]:
         return list(active_places(self._target_spaces))

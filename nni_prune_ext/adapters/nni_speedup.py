@@ -21,6 +21,7 @@ from nni_prune_ext.certificate import remove_channels, verify_groups
 from nni_prune_ext.errors import CertificateError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, root_name, trace_channel_groups
 from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.plan import Channels, PruningPlan, plan_from_channels
 from nni_prune_ext.surgery import Removal, take_over
 
@@ -107,7 +108,7 @@ class ModelSpeedup:
             _refuse_disputed(self.masks)
         model, before = self.bound_model, _count(self.bound_model)
         source = masked_copy(model, self.masks) if self.constants == "absorb" else model
-        removal, gone = self._certified(source)
+        removal, gone = removal_of(source, self.masks, self.dummy_input, exact=self.constants == "absorb")
         absorbed: tuple[str, ...] = ()
         if self.constants == "absorb":
             absorbed = absorb_constants(model, self.masks, removal, self.dummy_input)
@@ -128,20 +129,6 @@ class ModelSpeedup:
         self._show(self.report.text())
         return model
 
-    def _certified(self, source: nn.Module) -> tuple[Removal, dict[str, Channels]]:
-        """Returns the removal; groups that cannot be removed exactly are searched for only if the whole is not."""
-        groups = trace_channel_groups(source, self.dummy_input)
-        try:
-            return self._removal(source, groups)
-        except CertificateError:
-            return self._removal(source, verify_groups(source, self.dummy_input, groups))
-
-    def _removal(self, source: nn.Module, groups: ChannelGroups) -> tuple[Removal, dict[str, Channels]]:
-        exact = self.constants == "absorb"
-        gone = removable_channels(source, self.masks, self.dummy_input, groups, heed_shifts=exact)
-        plan = _plan(groups, gone)
-        return remove_channels(source, plan, self.dummy_input, groups=groups), gone
-
     def _show(self, text: str) -> None:
         if self.logger is not None:
             self.logger.info("%s", text)
@@ -157,6 +144,30 @@ def _refuse_disputed(masks: LayerMasks) -> None:
             "these. Give all layers that share it the same mask, mask none of them, or drop constants: then only what "
             "all of them mask goes."
         )
+
+
+def removal_of(
+    model: nn.Module, masks: LayerMasks, example_inputs: ExampleInputs, *, exact: bool = False
+) -> tuple[Removal, dict[str, Channels]]:
+    """Returns the certified removal of all channels that masks remove, and these per group; the model is not changed.
+
+    Groups that cannot be removed exactly are searched for only if the whole is not exact.
+
+    Args:
+        exact: shifts count as signals (see ``removable_channels``).
+    """
+    groups = trace_channel_groups(model, example_inputs)
+    try:
+        return _removal(model, masks, example_inputs, groups, exact)
+    except CertificateError:
+        return _removal(model, masks, example_inputs, verify_groups(model, example_inputs, groups), exact)
+
+
+def _removal(
+    model: nn.Module, masks: LayerMasks, example_inputs: ExampleInputs, groups: ChannelGroups, exact: bool
+) -> tuple[Removal, dict[str, Channels]]:
+    gone = removable_channels(model, masks, example_inputs, groups, heed_shifts=exact)
+    return remove_channels(model, _plan(groups, gone), example_inputs, groups=groups), gone
 
 
 def _plan(groups: ChannelGroups, gone: dict[str, Channels]) -> PruningPlan:

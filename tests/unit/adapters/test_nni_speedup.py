@@ -426,7 +426,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path) 
 
     torch.save({"first": {"weight": Evil()}}, tmp_path / "masks.pth")
 
-    with pytest.raises(MaskFileError, match=r"cannot be read as masks.*run code"):
+    with pytest.raises(MaskFileError, match=r"something else than tensors.*run code"):
         ModelSpeedup(residual(), X, tmp_path / "masks.pth")
     assert not (tmp_path / "it_ran").exists()
 
@@ -670,3 +670,17 @@ def test_nni_still_has_the_names_we_use() -> None:
     assert "_nni_wrapper" in model.first._modules
     assert issubclass(SpeedupError, error_code.SpeedupError)
     assert hasattr(theirs, "ModelSpeedup")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", b"PK\x03\x04 no archive", bytes(range(256))])
+def test_a_file_that_is_no_torch_file_is_refused_as_one(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "junk.pth"
+    path.write_bytes(content)
+
+    with pytest.raises(MaskFileError, match="junk.pth"):
+        ModelSpeedup(nn.Conv2d(1, 2, 1), torch.zeros(1, 1, 2, 2), path)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(SpeedupError, match="expected an nn.Module"):
+        ModelSpeedup(None, torch.zeros(1, 1, 2, 2), {"a": {"weight": torch.ones(1)}})  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.models import densenet121, get_model, resnet18, shufflenet_v2_x1_0
 
-from nni_prune_ext import utils
-from nni_prune_ext.errors import ConfigListError
+from nni_prune_ext import speedup, utils
+from nni_prune_ext.errors import ConfigError, ConfigListError
 from nni_prune_ext.utils import align_batchnorm, auto_set_denpendency_group_ids, auto_set_dependency_group_ids
 
 X = torch.randn(1, 3, 64, 64)
@@ -278,3 +278,33 @@ def test_nni_still_has_the_helpers_we_use() -> None:
     assert (["conv1"], {"sparse_ratio": 0.5}) == (list(modules), settings)
     assert [{"op_names": ["conv1"]}] == trans_legacy_config_list([{"op_names": ["conv1"]}])
     assert all(hasattr(utils, name) for name in utils.__all__)
+
+
+def test_the_name_of_nnis_speedup_takes_a_graph_with_shapes_or_an_example_input() -> None:
+    model = resnet18(weights=None).eval()
+    graph, example = torch.fx.symbolic_trace(model), torch.zeros(1, 3, 64, 64)
+    ShapeProp(graph).propagate(example)
+    config_list = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+    found = speedup.auto_set_denpendency_group_ids(graph, config_list)
+    by_example = speedup.auto_set_denpendency_group_ids(model, config_list, example)
+
+    def sets(entries: list[dict[str, object]]) -> set[frozenset[str]]:
+        ids: dict[object, set[str]] = {}
+        for entry in entries:
+            if "dependency_group_id" in entry:
+                ids.setdefault(entry["dependency_group_id"], set()).update(entry["op_names"])  # type: ignore[arg-type]
+        return {frozenset(names) for names in ids.values()}
+
+    assert sets(found) == sets(by_example)
+    assert 4 == len(sets(found))
+    with pytest.raises(ConfigError, match="knows no shapes"):
+        speedup.auto_set_denpendency_group_ids(model, config_list)
+
+
+@pytest.mark.parametrize("wrong", [[{"op_types": ["Conv9d"], "sparse_ratio": 0.5}], {"op_types": ["Conv2d"]}, []])
+def test_a_wrong_config_list_is_refused_by_the_helpers_too(wrong: object) -> None:
+    model = resnet18(weights=None)
+
+    with pytest.raises(ConfigListError):
+        utils.auto_set_dependency_group_ids(model, wrong, torch.zeros(1, 3, 64, 64))  # type: ignore[arg-type]
