@@ -6,21 +6,20 @@ import atexit
 import contextlib
 import json
 import re
-import socket
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import nni
-import psutil  # type: ignore[import-untyped]
 import requests
 from nni.experiment import Experiment, ExperimentConfig, RunMode, rest
 from nni.experiment.launcher import get_stopped_experiment_config
 
-from nni_prune_ext.adapters.nni_experiment_config import TRIAL_MODULE
+from nni_prune_ext.adapters.nni_experiment_processes import end_processes, free_port
 from nni_prune_ext.errors import ConfigError, TrainingError
 
 STARTS: Final = 4
@@ -47,6 +46,16 @@ class Place:
     folder: Path
     port: int
 
+    @property
+    def database(self) -> Path:
+        """NNI's record of the experiment; missing until its manager has begun it."""
+        return self.folder / self.identity / "db" / "nni.sqlite"
+
+    @property
+    def tuner_log(self) -> Path:
+        """What the process of the tuner writes."""
+        return self.folder / self.identity / "log" / "dispatcher.log"
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -63,26 +72,16 @@ class Watched:
     metrics: Mapping[str, list[Any]]
 
 
-def free_port(port: int) -> int:
-    """Returns a port that nothing listens on: the one asked for, or any if that is 0.
+@dataclass(frozen=True)
+class _Watching:
+    """How an experiment is watched: see :func:`run_experiment` and :func:`resume_experiment`."""
 
-    Raises:
-        ConfigError: it is in use.
-    """
-    with contextlib.closing(socket.socket()) as probe:
-        if port and probe.connect_ex(("localhost", port)) == 0:
-            raise ConfigError(
-                f"Port {port} is in use, expected a free one for NNI's manager and web portal. Choose another one with "
-                "--port, or let 0 find one."
-            )
-    with contextlib.closing(socket.socket()) as probe:
-        try:
-            probe.bind(("", port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"Port {port} cannot be used: {error}. Expected a free one. Choose another one."
-            ) from error
-        return int(probe.getsockname()[1])
+    tell: Tell
+    started: Callable[[int], None]
+    poll_seconds: float
+    trials: int | None = None
+    concurrency: int | None = None
+    repeats: _Repeats | None = None
 
 
 def run_experiment(
@@ -106,12 +105,8 @@ def run_experiment(
         ConfigError: the port is in use.
     """
     place = replace(place, port=free_port(place.port))
-    experiment = Experiment(config, id=place.identity)
-    with _stopped_at_end(experiment):
-        _begin(experiment, place.port)
-        started(place.port)
-        watched = _watched(experiment, tell, poll_seconds)
-    return watched or _again(place, tell, started, poll_seconds)
+    watching = _Watching(tell, started, poll_seconds)
+    return _once(Experiment(config, id=place.identity), place, watching) or _again(place, watching)
 
 
 def resume_experiment(
@@ -138,50 +133,57 @@ def resume_experiment(
         TrainingError: see :func:`run_experiment`.
         ConfigError: NNI has nothing stored, or the port is in use.
     """
+    watching = _Watching(tell, started, poll_seconds, trials, concurrency)
     alive = _lives(place.identity, earlier_port)
     if alive and (trials, concurrency) != (None, None):  # a running manager that was done asks its tuner no more
         tell(f"NNI's manager is still running on port {earlier_port}: stopped, to begin it with the new numbers")
-        Experiment.connect(earlier_port).stop()
-        alive = False
+        with _stopped_at_end(Experiment.connect(earlier_port)):
+            alive = False
     if alive:
         tell(f"NNI's manager is still running on port {earlier_port}: taken over")
-        experiment = Experiment.connect(earlier_port)
-        with _stopped_at_end(experiment):
-            started(earlier_port)
-            watched = _watched(experiment, tell, poll_seconds)
-    else:
-        end_orphans(place.identity, tell)
-        place = replace(place, port=free_port(place.port))
-        experiment = _stored(place)
-        with _stopped_at_end(experiment):
+        place = replace(place, port=earlier_port)
+        return _once(Experiment.connect(earlier_port), place, watching) or _again(place, watching)
+    if ended := end_processes(place.identity):
+        tell(f"{ended} processes of a killed manager were still running: ended, trials go on from their checkpoints")
+    place = replace(place, port=free_port(place.port))
+    return _once(_stored(place), place, replace(watching, repeats=_Repeats())) or _again(place, watching)
+
+
+def _once(experiment: Experiment, place: Place, watching: _Watching) -> Watched | None:
+    """Starts and watches an experiment, unless it runs; whatever happens, none of its processes is left.
+
+    Returns:
+        ``None`` if the tuner took too long to connect, which is worth another try.
+    """
+    log = TunerLog(place.tuner_log)
+    with _stopped_at_end(experiment):
+        if experiment.port is None:
             _begin(experiment, place.port)
-            started(place.port)
-            watched = _watched(experiment, tell, poll_seconds, trials, concurrency, repeats=_Repeats())
-    return watched or _again(place, tell, started, poll_seconds, trials, concurrency)
+        watching.started(place.port)
+        return _watched(experiment, watching, log)
 
 
-def _again(
-    place: Place,
-    tell: Tell,
-    started: Callable[[int], None],
-    poll_seconds: float,
-    trials: int | None = None,
-    concurrency: int | None = None,
-) -> Watched:
+def _again(place: Place, watching: _Watching) -> Watched:
     """Gives an experiment whose tuner did not connect another one, a few times; its configuration is stored."""
     for start in range(2, STARTS + 1):
-        tell(f"NNI's tuner did not connect within 10 seconds; start {start} of {STARTS}")
-        experiment = _stored(place)
-        with _stopped_at_end(experiment):
-            _begin(experiment, place.port)
-            started(place.port)
-            watched = _watched(experiment, tell, poll_seconds, trials, concurrency, repeats=_Repeats())
+        watching.tell(f"NNI's tuner did not connect within 10 seconds; start {start} of {STARTS}")
+        watched = _once(_stored(place), place, replace(watching, repeats=_Repeats()))
         if watched is not None:
             return watched
     raise TrainingError(
-        f"NNI's tuner did not connect within 10 seconds, {STARTS} times in a row, expected it to. The machine is too "
-        "busy, or log/dispatcher.log says why. Go on when there is less to do (CLI: --resume)."
+        f"NNI's tuner did not connect within 10 seconds, {STARTS} times in a row, expected it to; '{place.tuner_log}' "
+        "holds no error. The machine is too busy. Go on when there is less to do (CLI: --resume)."
     )
+
+
+def trials_begun(place: Place) -> int:
+    """Returns how many trials an experiment has, by NNI's own record, which also a running manager keeps."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{place.database.as_uri()}?mode=ro", uri=True)) as database:
+            (number,) = database.execute("SELECT COUNT(DISTINCT trialJobId) FROM TrialJobEvent").fetchone()
+    except sqlite3.Error:  # damaged, or empty because the manager was killed at once: told when NNI reads it
+        return 0
+    return int(number)
 
 
 def _stored(place: Place) -> Experiment:
@@ -211,13 +213,41 @@ def _begin(experiment: Experiment, port: int) -> None:
 
 @contextmanager
 def _stopped_at_end(experiment: Experiment) -> Iterator[None]:
-    """Stops NNI's manager at the end of the block, if it is alive; trials that run are interrupted."""
+    """Stops NNI's manager at the end of the block, also one that does not answer; trials that run are interrupted."""
     try:
         yield
     finally:
         atexit.unregister(experiment.stop)
-        if experiment.port is not None and _answer(experiment.port, "/check-status") is not None:
-            experiment.stop()
+        try:
+            if experiment.port is not None and _answer(experiment.port, "/check-status") is not None:
+                experiment.stop()
+        finally:  # nothing to do, unless starting or stopping was itself interrupted
+            end_processes(experiment.id)
+
+
+@dataclass
+class TunerLog:
+    """What the process of NNI's tuner has logged since this was made."""
+
+    path: Path
+    _known: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._known = len(self._content())
+
+    def error(self) -> str | None:
+        """Returns the last error: its last line, or what was said if no exception follows; ``None`` without one."""
+        entries = re.split(
+            r"^(?=\[\d{4}-\d\d-\d\d )", self._content()[self._known :].decode(errors="replace"), flags=re.M
+        )
+        errors = [found[1] for entry in entries if (found := re.match(r"\[.*?\] ERROR \(.*?\) (.*)", entry, re.S))]
+        return errors[-1].strip().splitlines()[-1] if errors and errors[-1].strip() else None
+
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError:  # no tuner has started yet
+            return b""
 
 
 def _answer(port: int, question: str) -> Any:
@@ -229,62 +259,35 @@ def _answer(port: int, question: str) -> Any:
 
 
 def _lives(identity: str, port: int) -> bool:
-    with contextlib.closing(socket.socket()) as probe:
-        if not 0 < port < 65536 or probe.connect_ex(("localhost", port)) != 0:
-            return False
-    found = _answer(port, "/experiment")
+    found = _answer(port, "/experiment") if 0 < port < 65536 else None
     return isinstance(found, dict) and found.get("id") == identity
 
 
-def end_orphans(identity: str, tell: Tell) -> None:
-    """Ends trials and tuner on this machine whose manager was killed; they would stand in the way of new ones."""
-    orphans = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            environment = process.environ()
-            if environment.get("NNI_EXP_ID") == identity and TRIAL_MODULE in " ".join(process.cmdline()):
-                orphans.append(process)
-                process.terminate()
-    if orphans:
-        tell(f"{len(orphans)} trials of a killed manager were still running: ended, they go on from their checkpoints")
-    for process in psutil.wait_procs(orphans, timeout=10)[1]:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-
-
-def _watched(
-    experiment: Experiment,
-    tell: Tell,
-    poll_seconds: float,
-    trials: int | None = None,
-    concurrency: int | None = None,
-    *,
-    repeats: _Repeats | None = None,
-) -> Watched | None:
-    """Watches until the end or Ctrl-C; ``None`` if the tuner did not connect."""
+def _watched(experiment: Experiment, watching: _Watching, log: TunerLog) -> Watched | None:
+    """Watches until the end or Ctrl-C; ``None`` if the tuner took too long to connect."""
     told: set[str] = set()
     try:
-        _change(experiment, trials, concurrency)
+        _change(experiment, watching.trials, watching.concurrency)
         while True:
             status = _status(experiment)
             if status["status"] == "ERROR":
-                errors = [str(error) for error in status.get("errors", [])]
-                if any(NO_CONNECTION in error for error in errors):
+                errors, reason = [str(error) for error in status.get("errors", [])], log.error()
+                if reason is None and any(NO_CONNECTION in error for error in errors):
                     return None
                 raise TrainingError(
-                    f"NNI's experiment ended in an error: {'; '.join(errors) or 'unknown'}. Expected it to go on. Look "
-                    "into the folder log of the experiment, then resume (CLI: --resume)."
+                    f"NNI's experiment ended in an error: {reason or '; '.join(errors) or 'unknown'}. Expected it to "
+                    f"go on. Look into the folder '{log.path.parent}', then resume (CLI: --resume)."
                 )
             jobs = experiment.list_trial_jobs()
-            _tell_news(jobs, told, tell)
-            if repeats is not None:
-                repeats.cancel(experiment, jobs, tell)
+            _tell_news(jobs, told, watching.tell)
+            if watching.repeats is not None:
+                watching.repeats.cancel(experiment, jobs, watching.tell)
             ended = all(job.status in _ENDED for job in jobs)
             if status["status"] == "DONE" or (status["status"] == "TUNER_NO_MORE_TRIAL" and ended and jobs):
                 return _seen(experiment, done=True)
-            time.sleep(poll_seconds)
+            time.sleep(watching.poll_seconds)
     except KeyboardInterrupt:
-        tell("interrupted: stopping NNI's manager and its trials")
+        watching.tell("interrupted: stopping NNI's manager and its trials")
         return _seen(experiment, done=False)
 
 

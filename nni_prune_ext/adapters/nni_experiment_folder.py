@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import yaml
 
 from nni_prune_ext import __version__
-from nni_prune_ext.adapters.nni_experiment import Place, Watched, free_port, resume_experiment, run_experiment
+from nni_prune_ext.adapters.nni_experiment import Place, Watched, resume_experiment, run_experiment, trials_begun
 from nni_prune_ext.adapters.nni_experiment_config import experiment_config
+from nni_prune_ext.adapters.nni_experiment_processes import free_port, signals_as_ctrl_c
 from nni_prune_ext.adapters.nni_experiment_results import (
     TRIALS_JSON,
     Trial,
@@ -42,6 +43,7 @@ from nni_prune_ext.workbench import execute, prepare
 
 EXPERIMENT, CODE, DENSE, NNI, RECIPE = "experiment.json", "code", "dense", "nni", "recipe.yaml"
 _DENSE_WEIGHTS: Final = "dense.safetensors"
+_ABSENT: Final = "absent"
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ class ExperimentResult:
 def check_experiment(recipe: Recipe, space: Mapping[str, object], settings: ExperimentSettings) -> None:
     """Makes sure that every choice of the search space makes a sound trial with a target in reach; nothing is written.
 
+    NNI's configuration is made as for the experiment, and its tuner is shown the search space.
+
     Raises:
-        NniPruneExtError: it does not, or the experiment asks for what there is not.
+        NniPruneExtError: it does not, or the experiment asks for what there is not, or NNI does not take it.
     """
     _check_settings(recipe, settings)
-    tried: list[Recipe] = []
-    for trial in checked_space(space, _for_trials(recipe, None)):
+    trials, tried = checked_space(space, _for_trials(recipe, None)), list[Recipe]()
+    _config(recipe, space, settings, code=Path.cwd(), recipe_file=RECIPE, folder=Path(NNI))
+    for trial in trials:
         alike = trial.model_copy(update={"method": recipe.method or trial.method, "options": {}, "recovery": None})
         alike = alike.model_copy(update={"distillation": None, "training": recipe.training})
         if alike not in tried:  # method and training play no part in what is reachable
@@ -129,6 +134,7 @@ def _check_settings(recipe: Recipe, settings: ExperimentSettings) -> None:
             raise RuntimeUnavailableError(f"The runtime '{settings.runtime}' is not usable here: {found.reason}")
 
 
+@signals_as_ctrl_c()
 def run_trials(
     recipe: Recipe,
     space: Mapping[str, object],
@@ -141,7 +147,8 @@ def run_trials(
 ) -> ExperimentResult:
     """Runs an experiment of NNI over a recipe; everything goes into one folder, but for NNI's list of experiments.
 
-    The dense network is trained once, if the recipe says so. Ctrl-C stops NNI and returns what there is.
+    The dense network is trained once, if the recipe says so. Ctrl-C, SIGTERM or SIGHUP stops NNI and returns what there
+    is.
 
     Args:
         space: a search space of NNI whose keys are those of :func:`search_space_for`.
@@ -150,22 +157,27 @@ def run_trials(
         started: is told the port as soon as NNI's web portal answers.
 
     Raises:
-        OutputError: the folder holds something else, or cannot be written.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP before NNI's manager was there; nothing runs on.
+        OutputError: the folder holds something else, or nothing to resume, or cannot be written.
         TrainingError: NNI's manager or tuner failed; the experiment can be resumed.
         ConfigError, RecipeError: see :func:`check_experiment`; or what is resumed is another experiment.
     """
     settings, watcher, out = settings or ExperimentSettings(), watcher or Watcher(), out.resolve()
     known = _known(out, resume=resume)
     asked = {"recipe": recipe.to_yaml(), "space": dict(space)}
+    identity = str(known["identity"]) if known else f"npe-{secrets.token_hex(4)}"
+    place = Place(identity, out / NNI, settings.port)
     if known:
-        _check_settings(recipe, settings)
         _check_same(known, asked, out)
+    if begun := place.database.exists():
+        _check_settings(recipe, settings)
+        _check_trials(settings, place, out)
     else:
         check_experiment(recipe, space, settings)
         free_port(settings.port)  # a mistake here should not come after hours of training
+    if resume and not begun:
+        watcher.note(f"NNI has nothing of an experiment in '{out}' yet: it begins when the dense network is trained")
     trained = _dense_network(recipe, out, watcher)
-    identity = str(known["identity"]) if known else f"npe-{secrets.token_hex(4)}"
-    place = Place(identity, out / NNI, settings.port)
     facts: dict[str, Any] = {
         **asked, "identity": identity, "port": known.get("port", settings.port), "version": __version__,
         "begun": known.get("begun") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -177,13 +189,13 @@ def run_trials(
         started(real_port)
 
     _write_json(out / EXPERIMENT, facts)
-    if (place.folder / identity / "db" / "nni.sqlite").exists():
+    if begun:
         watched = resume_experiment(
             place, earlier_port=int(facts["port"]), trials=settings.trials, concurrency=settings.concurrency,
             tell=watcher.note, started=on_start,
         )  # fmt: skip
     else:
-        config = _new_config(recipe, trained, space, out, settings, place)
+        config = _config(recipe, space, settings, **_trial_files(recipe, trained, out, settings), folder=place.folder)
         watched = run_experiment(config, place, tell=watcher.note, started=on_start)
     return _delivered(watched, place, out, facts)
 
@@ -215,9 +227,13 @@ def _known(out: Path, *, resume: bool) -> dict[str, Any]:
             )
         return {}
     if not (out / EXPERIMENT).exists():
-        if (out / DENSE).exists() or not out.exists() or not any(out.iterdir()):
+        if (out / DENSE).exists():  # interrupted before NNI began
             return {}
-        raise OutputError(f"The folder '{out}' holds no experiment, expected one to resume. Check --out.")
+        what = "holds no experiment" if out.exists() else "is not there"
+        raise OutputError(
+            f"There is nothing to resume in '{out}': the folder {what}, expected one with {EXPERIMENT}. Check --out, "
+            "or begin without --resume."
+        )
     try:
         return dict(json.loads((out / EXPERIMENT).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
@@ -227,11 +243,39 @@ def _known(out: Path, *, resume: bool) -> dict[str, Any]:
 def _check_same(known: Mapping[str, Any], asked: Mapping[str, Any], out: Path) -> None:
     """Refuses to resume with another recipe or space: NNI goes by what it stored, in silence."""
     for what in ("recipe", "space"):
-        if json.loads(json.dumps(asked[what])) != known.get(what):
+        old, new = known.get(what), json.loads(json.dumps(asked[what]))
+        if new != old:
+            if what == "recipe":  # kept as YAML
+                old, new = yaml.safe_load(str(old)), yaml.safe_load(new)
+            key, was, now = first_difference(old, new)
             raise ConfigError(
-                f"The {what} is not that of the experiment in '{out}', expected the same: trials would not be "
-                "comparable. Undo the change, or begin another experiment in another folder with --out."
+                f"The {what} is not that of the experiment in '{out}': {key or what} was {was}, and now is {now}, "
+                "expected the same: trials would not be comparable. Undo the change, or begin another experiment in "
+                "another folder with --out."
             )
+
+
+def first_difference(old: object, new: object, key: str = "") -> tuple[str, str, str]:
+    """Returns the first entry in which two nested values differ: its dotted key, the old value and the new one."""
+    inner: list[tuple[str, object, object]] = []
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        inner = [(f".{name}", old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        inner = [(f"[{place}]", *both) for place, both in enumerate(zip(old, new))]
+    for name, was, now in inner:
+        if was != now:
+            return first_difference(was, now, (key + name).lstrip("."))
+    was, now = (value if value is _ABSENT else json.dumps(value, default=str) for value in (old, new))
+    return key, str(was), str(now)
+
+
+def _check_trials(settings: ExperimentSettings, place: Place, out: Path) -> None:
+    begun = trials_begun(place)
+    if settings.trials is not None and settings.trials < begun:
+        raise ConfigError(
+            f"trials is {settings.trials}, but the experiment in '{out}' has {begun} already, expected at least as "
+            "many: it is their number in all. Raise it (CLI: --trials), or leave it out to go on as before."
+        )
 
 
 def _dense_network(recipe: Recipe, out: Path, watcher: Watcher) -> Path | None:
@@ -256,36 +300,49 @@ def _for_trials(recipe: Recipe, weights: Path | str | None) -> Recipe:
     return recipe_from(values, complete=False)
 
 
-def _new_config(
-    recipe: Recipe,
-    weights: Path | None,
-    space: Mapping[str, object],
-    out: Path,
-    settings: ExperimentSettings,
-    place: Place,
-) -> Any:
-    """Writes what trials need, and returns NNI's configuration."""
+def _trial_files(recipe: Recipe, weights: Path | None, out: Path, settings: ExperimentSettings) -> _TrialFiles:
+    """Writes what trials need, and returns where they run and their recipe as a path from there."""
     code, is_local = out / CODE, settings.config is None
     code.mkdir(parents=True, exist_ok=True)
-    place.folder.mkdir(parents=True, exist_ok=True)
+    (out / NNI).mkdir(parents=True, exist_ok=True)
     if weights is not None:
         shutil.copyfile(weights, code / _DENSE_WEIGHTS)
         weights = code / _DENSE_WEIGHTS if is_local else Path(_DENSE_WEIGHTS)
     write_text(code / RECIPE, _for_trials(recipe, weights).to_yaml())
+    if is_local:
+        return {"code": Path.cwd(), "recipe_file": str(code / RECIPE)}
+    return {"code": code, "recipe_file": RECIPE}
+
+
+class _TrialFiles(TypedDict):
+    code: Path
+    recipe_file: str
+
+
+def _config(
+    recipe: Recipe,
+    space: Mapping[str, object],
+    settings: ExperimentSettings,
+    *,
+    code: Path,
+    recipe_file: str,
+    folder: Path,
+) -> Any:
+    """Returns NNI's configuration; nothing is written."""
     concurrency, arguments = settings.concurrency or 1, []
     if settings.runtime is not None:
         arguments += ["--runtime", settings.runtime]
     if settings.cost_weight:
         arguments += ["--cost", settings.cost, "--cost-weight", str(settings.cost_weight)]
-    if is_local and "OMP_NUM_THREADS" not in os.environ:
+    if settings.config is None and "OMP_NUM_THREADS" not in os.environ:
         arguments += ["--threads", str(max(1, _cores() // concurrency))]
     return experiment_config(
         space,
         file=settings.config,
-        code=Path.cwd() if is_local else code,
-        recipe=str(code / RECIPE) if is_local else RECIPE,
+        code=code,
+        recipe=recipe_file,
         arguments=arguments,
-        folder=place.folder,
+        folder=folder,
         trials=settings.trials or 10,
         concurrency=concurrency,
         tuner=settings.tuner,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.markup import escape
 from rich.table import Table
@@ -181,8 +181,17 @@ def _texts(parameters: Mapping[str, Any]) -> list[str]:
     return [str(value) if name in ("method", "target") else f"{name}={value}" for name, value in _flat(parameters)]
 
 
+_COST_TEXTS: Final[tuple[tuple[str, Callable[[float], str]], ...]] = (
+    ("macs", number_text.count),
+    ("params", number_text.count),
+    ("latency_ms", "{:.2f}".format),
+)
+
+
 def results_table(trials: Sequence[Trial], *, metric: str = number_text.TOP1) -> Table:
-    """Returns all trials for the terminal, the best first; marks say which cost's Pareto front a trial is on.
+    """Returns the dense network and all trials for the terminal, the best first.
+
+    Costs come with their share of the dense network's. Marks say which cost's Pareto front a trial is on.
 
     Args:
         metric: name of the validation metric; anything but ``top-1`` is no percentage.
@@ -202,7 +211,13 @@ def results_table(trials: Sequence[Trial], *, metric: str = number_text.TOP1) ->
     ):
         table.add_column(heading, justify="left" if heading in ("trial", "parameters", "status", "Pareto") else "right")
     accuracy = number_text.accuracy(metric)
-    for trial in sorted(trials, key=lambda one: (one.default is None, -(one.default or 0.0), one.number)):
+    ordered = sorted(trials, key=lambda one: (one.default is None, -(one.default or 0.0), one.number))
+    dense = next((_dense(trial) for trial in ordered if _dense(trial)), None)
+    if dense is not None:
+        metric_text = accuracy(dense["metric"]) if "metric" in dense else "–"
+        costs = (_with_share(dense, name, shown) for name, shown in _COST_TEXTS)
+        table.add_row("dense", "", "", metric_text, "", *costs, "", end_section=True)
+    for trial in ordered:
         value, found = trial.metrics.get("metric"), trial.metrics
         table.add_row(
             f"{trial.number} {trial.id}",
@@ -210,16 +225,21 @@ def results_table(trials: Sequence[Trial], *, metric: str = number_text.TOP1) ->
             trial.status.lower(),
             "–" if value is None else accuracy(value),
             "–" if trial.default is None else f"{trial.default:.4f}",
-            _count(found, "macs"),
-            _count(found, "params"),
-            f"{found['latency_ms']:.2f}" if "latency_ms" in found else "–",
+            *(_with_share(found, name, shown) for name, shown in _COST_TEXTS),
             ", ".join(cost.removesuffix("_ms") for cost in COSTS if trial.id in fronts[cost]),
         )
     return table
 
 
-def _count(found: Mapping[str, float], name: str) -> str:
+def _dense(trial: Trial) -> dict[str, float]:
+    """Returns what a trial reported of the dense network."""
+    mark = "dense_"
+    return {name.removeprefix(mark): value for name, value in trial.metrics.items() if name.startswith(mark)}
+
+
+def _with_share(found: Mapping[str, float], name: str, shown: Callable[[float], str]) -> str:
+    """Returns a cost and its share of the dense network's, as far as they are known."""
     if name not in found:
         return "–"
     share = f" ({number_text.share(found[name], found[f'dense_{name}'])})" if f"dense_{name}" in found else ""
-    return number_text.count(found[name]) + share
+    return shown(found[name]) + share

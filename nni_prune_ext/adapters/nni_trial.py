@@ -189,13 +189,17 @@ def _metrics(run: RunResult, recipe: Recipe, settings: TrialSettings) -> dict[st
         "macs": pruned.macs,
         "params": pruned.params,
         "latency_ms": latency[pruned.name],
+        "dense_metric": dense.validation,
         "dense_macs": dense.macs,
         "dense_params": dense.params,
         "dense_latency_ms": latency[dense.name],
         "target_met": float(run.met),
     }
     default = pruned.validation - settings.cost_weight * _share(found, settings)
-    return {"default": default, **{name: value for name, value in found.items() if value is not None}}
+    return {
+        "default": default,
+        **{name: value for name, value in found.items() if value is not None and math.isfinite(value)},
+    }
 
 
 def _share(found: Mapping[str, float | None], settings: TrialSettings) -> float:

@@ -75,11 +75,11 @@ def experiment(
         trials=trials, concurrency=concurrency, tuner=tuner, port=port, config=config, runtime=runtime,
         cost=checked_cost(cost), cost_weight=cost_weight,
     )  # fmt: skip
+    e.silence_nni()
     if dry_run:
         e.check_experiment(base, space, asked)
         _tell_plan(base, space, as_json=json)
         return
-    e.silence_nni()
     with progress_watcher(json) as watcher:
         result = e.run_trials(base, space, out, asked, resume=resume, watcher=watcher)
     _tell(result, base, as_json=json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nni_prune_ext import cli, experiments
+from nni_prune_ext.adapters.nni_experiment_processes import end_processes, free_port
 from nni_prune_ext.cli.experiment import read_tuned
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.experiments import ExperimentResult, Trial
@@ -85,7 +87,7 @@ def asked(monkeypatch):
     return calls
 
 
-def test_a_tuner_of_nni_tries_every_target(folder) -> None:
+def test_a_tuner_of_nni_tries_every_target(folder, command) -> None:
     """The real thing: NNI's manager, tuner and portal, with a home and settings of their own."""
     (folder / "space.json").write_text(
         json.dumps({"target": {"_type": "choice", "_value": ["macs=0.7", "macs=0.9"]},
@@ -110,6 +112,57 @@ def test_a_tuner_of_nni_tries_every_target(folder) -> None:
     assert all((Path(row["artefact"]) / "model.onnx").is_file() for row in rows)
     assert all(len(trial["intermediate"]) == 1 for trial in last["trials"])
     assert {"nni-experiments"} >= {path.name for path in (folder / "home").iterdir() if not path.name.startswith(".")}
+    assert 0 == end_processes(last["identity"])
+    code, _, errors = command(*words, "--trials", "1", "--resume")
+    assert 2 == code
+    assert "trials is 1, but the experiment" in errors
+    assert "has 2 already" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of Unix")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_that_end_a_program_stop_manager_and_trials(folder, name) -> None:
+    words = ["--target", "macs=0.7", "--target", "macs=0.9", "--port", "0", "--json", "--trials", "6"]
+    environment = {**os.environ, "HOME": str(folder / "home"), "NNI_CONFIG_DIR": str(folder / "settings"),
+                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+    (folder / "home").mkdir()
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "nni_prune_ext", "experiment", "recipe.yaml", "--out", "out", *words],
+        env=environment, stdout=subprocess.PIPE, text=True,
+    ) as program:  # fmt: skip
+        next(line for line in program.stdout if " succeeded" in line)
+        program.send_signal(getattr(signal, name))
+        rest = program.stdout.read().splitlines()
+
+    facts = json.loads((folder / "out" / "experiment.json").read_text())
+    assert 130 == program.returncode
+    assert any("stopping NNI's manager" in line for line in rest)
+    assert 0 == end_processes(facts["identity"])
+    assert facts["port"] == free_port(facts["port"])
+    assert not experiments.read_experiment(folder / "out").done
+
+
+@pytest.mark.slow
+def test_a_tuner_that_fails_in_its_own_process_is_quoted_after_one_start(folder) -> None:
+    (folder / "tuners.py").write_text("from nni.tuner import Tuner\n\n\nclass Broken(Tuner):\n    x = 1 / 0\n")
+    (folder / "own.yml").write_text(
+        "trainingService: {platform: local}\ntuner: {className: tuners.Broken, codeDirectory: .}\n"
+    )
+    words = ["--target", "macs=0.7", "--port", "0", "--config", "own.yml"]
+    environment = {**os.environ, "HOME": str(folder), "NNI_CONFIG_DIR": str(folder / "settings"),
+                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+
+    done = subprocess.run(
+        [sys.executable, "-m", "nni_prune_ext", "experiment", "recipe.yaml", "--out", "out", *words],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+    assert 1 == done.returncode
+    assert "NNI's experiment ended in an error: ZeroDivisionError: division by zero" in done.stderr
+    assert "start 2 of" not in done.stdout + done.stderr
+    assert 0 == end_processes(json.loads((folder / "out" / "experiment.json").read_text())["identity"])
 
 
 @pytest.mark.slow
@@ -263,6 +316,8 @@ def test_a_dry_run_checks_everything_and_writes_nothing(command, asked, folder) 
         (["--target", "macs=0.5", "--search", "no.json"], "Cannot read the search space 'no.json'"),
         (["--target", "macs=0.0001", "--dry-run"], "cannot be met"),
         (["--dry-run"], "it needs a goal"),
+        (["--target", "macs=0.5", "--tuner", "Foo", "--dry-run"], "NNI has no tuner 'Foo', expected one of"),
+        (["--target", "macs=0.5", "--config", "no.yml", "--dry-run"], "NNI does not take the configuration no.yml"),
         (["--set", "target=macs=0.5", "--set", "mode=x"], "there is no such key"),
     ],
 )
@@ -272,6 +327,14 @@ def test_mistakes_are_one_message_and_exit_code_2(command, asked, words, says) -
     assert 2 == code
     assert says in errors
     assert "Traceback" not in errors
+
+
+def test_there_must_be_something_to_resume(command, folder) -> None:
+    code, _, errors = command("--target", "macs=0.7", "--resume")
+
+    assert 2 == code
+    assert "There is nothing to resume in" in errors
+    assert not (folder / "out").exists()
 
 
 def test_a_search_space_that_is_a_list_is_refused(command, asked, folder) -> None:

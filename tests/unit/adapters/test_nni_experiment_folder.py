@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import sqlite3
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +25,7 @@ from nni_prune_ext.experiments import (
 )
 from nni_prune_ext.recipes import load_recipe, recipe_from
 from nni_prune_ext.runtimes.onnxruntime_tensorrt import OnnxRuntimeTensorRT
+from nni_prune_ext.training import Watcher
 
 MODULE = """
 from torch import nn
@@ -67,13 +72,16 @@ def recipe_with(**more):
 
 @pytest.fixture
 def nni(monkeypatch):
-    """Stands in for NNI: notes how it was called, and lets one trial succeed."""
+    """Stands in for NNI: notes how it was called, has two trials on record, and lets one succeed."""
     calls = []
     seen = Watched(True, (job("A", 0.9),), {})
 
     def run(config, place, *, tell, started):
         (place.folder / place.identity / "db").mkdir(parents=True)
-        (place.folder / place.identity / "db" / "nni.sqlite").touch()
+        with contextlib.closing(sqlite3.connect(place.database)) as database, database:
+            database.execute("CREATE TABLE TrialJobEvent (trialJobId TEXT, event TEXT)")
+            rows = [(name, event) for name in "AB" for event in ("WAITING", "RUNNING")]
+            database.executemany("INSERT INTO TrialJobEvent VALUES (?, ?)", rows)
         started(12345)
         calls.append(("run", config, place))
         return seen
@@ -149,22 +157,106 @@ def test_resuming_goes_on_with_what_nni_has(recipe, nni, tmp_path) -> None:
     assert 23456 == json.loads((tmp_path / "out" / "experiment.json").read_text())["port"]
 
 
-def test_an_experiment_that_nni_never_saw_is_begun_when_resumed(recipe, nni, tmp_path) -> None:
+def test_an_experiment_that_nni_never_saw_is_begun_when_resumed_and_that_is_said(recipe, nni, tmp_path) -> None:
     (tmp_path / "out" / "dense").mkdir(parents=True)
+    told: list[str] = []
+    watcher = Watcher()
+    watcher.note = told.append
 
-    run_trials(recipe, SPACE, tmp_path / "out", SETTINGS, resume=True)
+    run_trials(recipe, SPACE, tmp_path / "out", SETTINGS, resume=True, watcher=watcher)
 
     assert ["run"] == [call[0] for call in nni]
+    assert "NNI has nothing of an experiment" in told[0]
 
 
-@pytest.mark.parametrize("what", ["recipe", "space"])
-def test_another_experiment_is_not_resumed(recipe, nni, tmp_path, what) -> None:
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("recipe", r"train\.epochs was 1, and now is 2"),
+        ("space", r"target\._value\[1\] was \"macs=0\.7\", and now is \"macs=0\.9\""),
+    ],
+)
+def test_another_experiment_is_not_resumed_and_the_first_difference_is_shown(recipe, nni, tmp_path, what, says) -> None:
     run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
     other = recipe_with(train={"epochs": 2}) if what == "recipe" else recipe
-    space = search_space_for(["l1"], ["macs=0.5"]) if what == "space" else SPACE
+    space = search_space_for(["l1", "l2"], ["macs=0.5", "macs=0.9"]) if what == "space" else SPACE
 
-    with pytest.raises(ConfigError, match=f"The {what} is not that of the experiment"):
+    with pytest.raises(ConfigError, match=f"The {what} is not that of the experiment.*{says}"):
         run_trials(other, space, tmp_path / "out", SETTINGS, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 1}, "c": 2}, ("c", "absent", "2")),
+        ({"a": 1, "c": None}, {"a": 1}, ("c", "null", "absent")),
+        ({"a": [1, 2]}, {"a": [1]}, ("a", "[1, 2]", "[1]")),
+        (None, {"a": 1}, ("", "null", '{"a": 1}')),
+    ],
+)
+def test_the_first_difference_names_its_key_and_both_values(old, new, difference) -> None:
+    assert difference == adapter.first_difference(old, new)
+
+
+def test_fewer_trials_than_there_are_already_are_refused_when_resuming(recipe, nni, tmp_path) -> None:
+    run_trials(recipe, SPACE, tmp_path / "out", SETTINGS)
+
+    with pytest.raises(ConfigError, match="trials is 1, but the experiment in .* has 2 already"):
+        run_trials(recipe, SPACE, tmp_path / "out", ExperimentSettings(port=0, trials=1), resume=True)
+    run_trials(recipe, SPACE, tmp_path / "out", ExperimentSettings(port=0, trials=2), resume=True)
+
+    assert ["run", "resume"] == [call[0] for call in nni]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_an_experiment_is_not_resumed(recipe, nni, tmp_path, exists) -> None:
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+
+    with pytest.raises(OutputError, match="There is nothing to resume in .*out.*without --resume"):
+        run_trials(recipe, SPACE, out, SETTINGS, resume=True)
+    assert [] == nni
+    assert exists == out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"tuner": "TPF"}, "NNI has no tuner 'TPF', expected one of .*Random.* Did you mean 'TPE'"),
+        ({"tuner": "Batch"}, "NNI's tuner 'Batch' cannot be used here"),
+        ({"config": "maxTrialNumber: abc\n"}, "trainingService is missing"),
+        (
+            {"config": "maxTrialNumber: abc\ntrainingService: {platform: local}\n"},
+            "maxTrialNumber is 'abc', expected int",
+        ),
+    ],
+)
+def test_what_nni_would_not_take_is_refused_before_any_work(recipe, nni, tmp_path, settings, says) -> None:
+    if "config" in settings:
+        (tmp_path / "config.yml").write_text(settings["config"])
+        settings = {"config": tmp_path / "config.yml"}
+    asked = ExperimentSettings(port=0, **settings)
+
+    with pytest.raises(ConfigError, match=says):
+        check_experiment(recipe, SPACE, asked)
+    with pytest.raises(ConfigError, match=says):
+        run_trials(recipe, SPACE, tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of Unix")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_that_end_a_program_are_like_ctrl_c(recipe, monkeypatch, tmp_path, name) -> None:
+    def run(*_, **__) -> None:
+        os.kill(os.getpid(), getattr(signal, name))
+        pytest.fail("not interrupted")
+
+    monkeypatch.setattr(adapter, "run_experiment", run)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(recipe_with(), SPACE, tmp_path / "out", SETTINGS)
+    assert signal.SIG_DFL == signal.getsignal(getattr(signal, name))
 
 
 def test_a_folder_with_something_in_it_is_refused(recipe, nni, tmp_path) -> None:

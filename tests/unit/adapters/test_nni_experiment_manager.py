@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import nni_node
-import psutil
 import pytest
 import requests
 from nni import trial
 from nni.experiment import Experiment, launcher, rest
 
 from nni_prune_ext.adapters import nni_experiment as adapter
-from nni_prune_ext.adapters.nni_experiment import Place, end_orphans, free_port, resume_experiment, run_experiment
-from nni_prune_ext.adapters.nni_experiment_config import TRIAL_MODULE, experiment_config
+from nni_prune_ext.adapters.nni_experiment import Place, TunerLog, resume_experiment, run_experiment
 from nni_prune_ext.errors import ConfigError, TrainingError
 
 MANAGER = Path(nni_node.__path__[0]) / "core"
-SPACE = {"target": {"_type": "choice", "_value": ["macs=0.5"]}}
 QUIET = {"tell": lambda _: None, "started": lambda _: None, "poll_seconds": 0.0}
-
-
-def config(tmp_path: Path, **more):
-    values = {"file": None, "code": tmp_path, "recipe": "my recipe.yaml", "arguments": ["--threads", "2"],
-              "folder": tmp_path / "nni", "trials": 4, "concurrency": 2, "tuner": "TPE", "seed": 7}  # fmt: skip
-    return experiment_config(SPACE, **{**values, **more})
 
 
 def job(name: str, status: str, sampled: str = "a", start: int = 1) -> SimpleNamespace:
@@ -102,7 +89,9 @@ def manager(monkeypatch):
         monkeypatch.setattr(adapter.time, "sleep", lambda _: None)
 
         def get(port, question):
-            current = next(one for one in made if one.port is not None)
+            current = next((one for one in made if one.port is not None), None)
+            if current is None:
+                raise requests.ConnectionError
             return current.answer(question)
 
         monkeypatch.setattr(adapter.rest, "get", get)
@@ -115,6 +104,13 @@ def place(tmp_path: Path) -> Place:
 
 
 DONE = ("DONE", [], [job("A", "SUCCEEDED")])
+TUNER_ERROR = """\
+[2026-11-20 17:00:00] ERROR (nni.main/MainThread) Builtin name is not found: foo
+Traceback (most recent call last):
+  File "nni/__main__.py", line 85, in <module>
+    main()
+RuntimeError: Builtin name is not found: foo
+"""
 NO_TUNER = ("ERROR", ["tuner_command_channel: Tuner did not connect in 10 seconds. Please check tuner log."], [])
 
 
@@ -154,6 +150,47 @@ def test_a_tuner_that_never_connects_is_an_error(manager, tmp_path) -> None:
 
     with pytest.raises(TrainingError, match="4 times in a row.*dispatcher.log"):
         run_experiment(None, place(tmp_path), **QUIET)
+
+
+def test_a_tuner_that_failed_is_quoted_and_not_started_again(manager, tmp_path, monkeypatch) -> None:
+    """NNI's manager knows only that it did not connect."""
+    log, one = place(tmp_path).tuner_log, StandIn([NO_TUNER])
+    manager(one)
+    log.parent.mkdir(parents=True)
+    log.write_text(TUNER_ERROR.replace("foo", "an earlier start"))
+    monkeypatch.setattr(one, "start", lambda port, run_mode: (setattr(one, "port", port), append(log, TUNER_ERROR)))
+
+    with pytest.raises(TrainingError, match="RuntimeError: Builtin name is not found: foo"):
+        run_experiment(None, place(tmp_path), **QUIET)
+
+
+def test_what_an_earlier_tuner_logged_is_not_the_reason(manager, tmp_path) -> None:
+    log = place(tmp_path).tuner_log
+    log.parent.mkdir(parents=True)
+    log.write_text(TUNER_ERROR)
+    manager(StandIn([NO_TUNER]), StandIn([DONE]))
+
+    assert run_experiment(None, place(tmp_path), **QUIET).done
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", None),
+        ("[2026-11-20 17:00:00] INFO (nni.main/MainThread) ERROR (no)\n", None),
+        ("[2026-11-20 17:00:00] ERROR (nni/MainThread) it broke\n[2026-11-20 17:00:01] INFO (nni/M) bye\n", "it broke"),
+    ],
+)
+def test_the_last_error_of_the_tuner_is_found(tmp_path, text, error) -> None:
+    log = TunerLog(tmp_path / "dispatcher.log")
+    append(log.path, text)
+
+    assert error == log.error()
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
 
 
 def test_an_experiment_that_fails_says_why(manager, tmp_path) -> None:
@@ -221,100 +258,26 @@ def test_there_is_nothing_to_resume_without_a_database(tmp_path) -> None:
         resume_experiment(place(tmp_path), earlier_port=1, trials=None, concurrency=None, **QUIET)
 
 
-def test_trials_of_a_killed_manager_are_ended_and_no_others() -> None:
-    program = ["-c", "import time; time.sleep(60)", TRIAL_MODULE]
-    ours, other = (
-        subprocess.Popen([sys.executable, *program], env={**os.environ, "NNI_EXP_ID": name}) for name in ("mine", "no")
-    )
-    told: list[str] = []
-    try:
-        end_orphans("mine", told.append)
+def test_a_start_that_is_interrupted_leaves_no_process(manager, tmp_path, monkeypatch) -> None:
+    one, ended = StandIn([]), []
+    manager(one)
+    monkeypatch.setattr(one, "start", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(adapter, "end_processes", ended.append)
 
-        assert not psutil.pid_exists(ours.pid)
-        assert other.poll() is None
-        assert told == ["1 trials of a killed manager were still running: ended, they go on from their checkpoints"]
-    finally:
-        ours.kill()
-        other.kill()
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(None, place(tmp_path), **QUIET)
+    assert ["x"] == ended
 
 
-def test_a_port_in_use_is_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_a_stop_that_is_interrupted_leaves_no_process(manager, tmp_path, monkeypatch) -> None:
+    one, ended = StandIn([DONE]), []
+    manager(one)
+    monkeypatch.setattr(one, "stop", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(adapter, "end_processes", ended.append)
 
-        with pytest.raises(ConfigError, match=f"Port {port} is in use.*--port"):
-            free_port(port)
-    assert free_port(0) > 0
-
-
-def test_local_trials_run_our_program_with_this_python(tmp_path) -> None:
-    made = config(tmp_path)
-
-    assert f"{sys.executable} -m {TRIAL_MODULE} 'my recipe.yaml' --threads 2" == made.trial_command
-    assert (4, 2, "local") == (made.max_trial_number, made.trial_concurrency, made.training_service.platform)
-    assert {"optimize_mode": "maximize", "seed": 7} == made.tuner.class_args
-    assert SPACE == made.search_space
-
-
-@pytest.mark.parametrize(
-    ("tuner", "arguments"), [("GridSearch", None), ("Evolution", {"optimize_mode": "maximize"}), ("Batch", None)]
-)
-def test_tuners_get_the_arguments_that_they_take(tmp_path, tuner, arguments) -> None:
-    assert arguments == config(tmp_path, tuner=tuner).tuner.class_args
-
-
-def test_a_configuration_of_other_machines_keeps_what_it_says(tmp_path) -> None:
-    file = tmp_path / "remote.yaml"
-    (tmp_path / "key").touch()
-    file.write_text(
-        "searchSpace: {}\ntrialCommand: echo\ntrialConcurrency: 5\nmaxTrialNumber: 50\n"
-        "tuner: {name: Random}\nnniManagerIp: 10.0.0.1\n"
-        "trainingService:\n  platform: remote\n  machineList:\n    - {host: 10.0.0.2, user: me, sshKeyFile: key}\n"
-    )
-
-    made = config(tmp_path, file=file, recipe="recipe.yaml", arguments=[])
-
-    assert f"python3 -m {TRIAL_MODULE} recipe.yaml" == made.trial_command
-    assert (50, 5, "Random") == (made.max_trial_number, made.trial_concurrency, made.tuner.name)
-    assert "10.0.0.2" == made.training_service.machine_list[0].host
-    assert SPACE == made.search_space
-
-
-@pytest.mark.parametrize("text", ["nonsense: 1\n", "- 1\n", "a: [\n", "trainingService: {platform: moon}\n"])
-def test_a_configuration_that_is_none_of_nnis_is_refused(tmp_path, text) -> None:
-    file = tmp_path / "bad.yaml"
-    file.write_text(text)
-
-    with pytest.raises(ConfigError, match=r"NNI does not take the configuration .*bad\.yaml"):
-        config(tmp_path, file=file)
-
-
-def test_a_configuration_that_was_refused_does_not_spoil_the_next(tmp_path) -> None:
-    file = tmp_path / "config.yaml"
-    for text in ("nonsense: 1\n", "trialConcurrency: 3\ntrainingService: {platform: local}\n"):
-        file.write_text(text)
-        if text.startswith("nonsense"):
-            with pytest.raises(ConfigError, match="nonsense"):
-                config(tmp_path, file=file)
-
-    assert 3 == config(tmp_path, file=file).trial_concurrency
-
-
-def test_a_missing_configuration_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"no\.yaml"):
-        config(tmp_path, file=tmp_path / "no.yaml")
-
-
-def test_the_process_of_the_tuner_imports_neither_torch_nor_this_package() -> None:
-    program = (
-        "import sys, nni.__main__, nni.algorithms.hpo.tpe_tuner, nni.algorithms.hpo.gridsearch_tuner\n"
-        "print([m for m in ('torch', 'nni_prune_ext') if m in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-
-    assert "[]" == found.stdout.strip().splitlines()[-1]
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(None, place(tmp_path), **QUIET)
+    assert ["x"] == ended
 
 
 def test_names_of_nni_that_are_not_documented_are_still_there() -> None:
@@ -325,7 +288,9 @@ def test_names_of_nni_that_are_not_documented_are_still_there() -> None:
     assert "'resume'" in inspect.getsource(Experiment.resume)
 
 
-def test_the_manager_still_speaks_of_a_tuner_that_did_not_connect() -> None:
+def test_the_manager_still_speaks_and_starts_its_processes_as_it_did() -> None:
     assert adapter.NO_CONNECTION in (MANAGER / "tuner_command_channel.js").read_text()
     assert "/env/" in (MANAGER.parent / "common" / "trial_keeper" / "keeper.js").read_text()
+    assert "--exp_params" in (MANAGER.parent / "common" / "utils.js").read_text()
+    assert "experiment_id" in launcher.NniManagerArgs.__annotations__
     assert "TUNER_NO_MORE_TRIAL" in (MANAGER / "nnimanager.js").read_text()

@@ -134,3 +134,16 @@ def test_the_table_shows_the_best_first_and_failed_ones_last() -> None:
     assert "90.00 %" in lines[0]
     assert "100 (50.0 %)" in lines[0]
     assert "failed" in lines[2]
+
+
+def test_the_table_begins_with_the_dense_network_and_shows_what_share_of_its_costs_is_left() -> None:
+    dense = {"dense_metric": 0.95, "dense_macs": 200, "dense_params": 80, "dense_latency_ms": 4.0}
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(results_table([trial(2, None, 0), trial(1, 0.9, 100, params=20, latency_ms=3.0, **dense)]))
+
+    first, *others = [line for line in shown.get().splitlines() if "dense" in line or " T" in line]
+    assert ["dense", "95.00", "%", "200", "80", "4.00"] == first.replace("│", " ").split()
+    assert "100 (50.0 %)" in others[0]
+    assert "20 (25.0 %)" in others[0]
+    assert "3.00 (75.0 %)" in others[0]

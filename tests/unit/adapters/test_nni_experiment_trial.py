@@ -86,6 +86,7 @@ def test_a_trial_reports_its_epochs_and_ends_with_numbers_only(folder) -> None:
     assert 2 == len(reports)
     assert result["default"] == result["metric"] == max(reports)
     assert 0.5 * result["dense_macs"] >= result["macs"] > 0
+    assert 1 >= result["dense_metric"] >= 0
     assert all(isinstance(value, (int, float)) for value in result.values())
     assert result["latency_ms"] > 0
 
