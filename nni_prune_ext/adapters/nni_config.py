@@ -6,6 +6,7 @@ What NNI's own schema refuses comes through as NNI's error, unchanged.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from nni_prune_ext.adapters.nni_targets import turn_transposed
 from nni_prune_ext.errors import ConfigListError
+
+_logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]  # what the user writes; the schema and the checks below say what may be in it
 Shape = tuple[int, ...]
@@ -144,7 +147,10 @@ def selected_modules(
 
 
 def _check_names(model: nn.Module, number: int, entry: Entry) -> None:
-    """Refuses names, types and patterns that nothing in the model has: a slip would prune, or spare, nothing."""
+    """Refuses names, types and patterns that nothing in the model has: a slip would prune nothing.
+
+    What is excluded is only told: one config_list may serve several models, but a slip there prunes what was to stay.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     types = {type(module).__name__ for module in modules.values()}
     known: dict[str, Iterable[str]] = {
@@ -154,20 +160,34 @@ def _check_names(model: nn.Module, number: int, entry: Entry) -> None:
         "exclude_op_types": types,
     }
     for key, names in known.items():
+        elsewhere = PruningSetting.registry if key.endswith("types") else ()  # a kind that this model happens to lack
         for name in entry.get(key) or ():
-            if name not in names:
-                close = get_close_matches(name, list(names), n=3)
-                hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"there are {_some(names)}."
-                raise ConfigListError(
-                    f"Entry {number} of the config_list names '{name}' in {key}, which {type(model).__name__} does not "
-                    f"have; {hint} Name modules as model.named_modules() does, types by their class name."
-                )
+            if name in names or name in elsewhere:
+                continue
+            close = get_close_matches(name, list(names), n=3)
+            hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"there are {_some(names)}."
+            said = (
+                f"Entry {number} of the config_list names '{name}' in {key}, which {type(model).__name__} does not "
+                f"have; {hint} Name modules as model.named_modules() does, types by their class name."
+            )
+            if not key.startswith("exclude"):
+                raise ConfigListError(said)
+            _logger.warning("%s", said)
     for key in ("op_names_re", "exclude_op_names_re"):
         for pattern in entry.get(key) or ():
-            _check_pattern(f"The pattern '{pattern}' in {key} of entry {number}", pattern, model, modules)
+            missing = _unmatched(f"The pattern '{pattern}' in {key} of entry {number}", pattern, model, modules)
+            if missing and not key.startswith("exclude"):
+                raise ConfigListError(missing)
+            if missing:
+                _logger.warning("%s", missing)
 
 
-def _check_pattern(place: str, pattern: str, model: nn.Module, names: Iterable[str]) -> None:
+def _unmatched(place: str, pattern: str, model: nn.Module, names: Iterable[str]) -> str | None:
+    """Returns what is to be said of a pattern that matches nothing.
+
+    Raises:
+        ConfigListError: it is no regular expression.
+    """
     try:
         found = any(re.match(pattern, name) for name in names)
     except re.error as error:
@@ -175,11 +195,13 @@ def _check_pattern(place: str, pattern: str, model: nn.Module, names: Iterable[s
             f"{place} is no regular expression ({error}), expected one as Python's re has them, such as 'layer1[.].*'. "
             "Write a plain name into op_names or exclude_op_names."
         ) from error
-    if not found:
-        raise ConfigListError(
-            f"{place} matches no module of {type(model).__name__}, expected at least one. It is matched from the "
-            "beginning of the name. Correct it, or leave it out."
-        )
+    if found:
+        return None
+    return (
+        f"{place} matches no module of {type(model).__name__}, expected at least one. It is matched from the "
+        "beginning of "
+        "the name. Correct it, or leave it out."
+    )
 
 
 def _module_targets(number: int, name: str, module: nn.Module, settings: Entry) -> list[ConfiguredTarget]:

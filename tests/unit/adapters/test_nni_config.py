@@ -27,10 +27,6 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "unknown type": ([{"op_types": ["Conv2D"], "sparse_ratio": 0.5}], "did you mean 'Conv2d'"),
     "unknown name": ([{"op_names": ["conv9"], "sparse_ratio": 0.5}], "conv9"),
-    "unknown excluded name": (
-        [{"op_types": ["Conv2d"], "exclude_op_names": ["convl"], "sparse_ratio": 0.5}],
-        "exclude_op_names",
-    ),
     "pattern without match": ([{"op_names_re": ["layer.*"], "sparse_ratio": 0.5}], "layer"),
     "everything excluded": (
         [{"op_types": ["Conv2d"], "exclude_op_types": ["Conv2d"], "sparse_ratio": 0.5}],
@@ -96,14 +92,6 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "dependency group that its blocks do not divide": (
         [{"op_names": ["conv2"], "sparse_ratio": 0.5, "dependency_group_id": 1, "internal_metric_block": 5}],
         "internal_metric_block",
-    ),
-    "excluded type that is not there": (
-        [{"op_types": ["Conv2d", "Linear"], "exclude_op_types": ["Linaer"], "sparse_ratio": 0.5}],
-        "'Linaer' in exclude_op_types, which Residual does not have; did you mean 'Linear'",
-    ),
-    "excluding pattern without match": (
-        [{"op_types": ["Conv2d"], "exclude_op_names_re": ["layer.*"], "sparse_ratio": 0.5}],
-        "'layer.*' in exclude_op_names_re of entry 0 matches no module",
     ),
     "no regular expression": (
         [{"op_names_re": ["("], "sparse_ratio": 0.5}],
@@ -303,3 +291,34 @@ class TestPrunersOfNni:
 
         assert first._is_wrapped
         assert hasattr(model.conv1, "_nni_wrapper")
+
+
+@pytest.mark.parametrize(
+    ("excluded", "said"),
+    [
+        (
+            {"exclude_op_names": ["convl"]},
+            "names 'convl' in exclude_op_names, which Residual does not have; did you mean",
+        ),
+        (
+            {"exclude_op_types": ["Linaer"]},
+            "names 'Linaer' in exclude_op_types, which Residual does not have; did you mean 'Linear'",
+        ),
+        ({"exclude_op_names_re": ["layer.*"]}, "'layer.*' in exclude_op_names_re of entry 0 matches no module"),
+    ],
+)
+def test_what_is_excluded_but_not_there_is_told(
+    excluded: dict[str, list[str]], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    L1NormPruner(network(), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, **excluded}])
+
+    assert said in caplog.text
+
+
+def test_a_kind_of_layer_that_the_model_lacks_is_no_slip(caplog: pytest.LogCaptureFixture) -> None:
+    entry = {"op_types": ["Conv2d", "ConvTranspose2d"], "exclude_op_types": ["Embedding"], "sparse_ratio": 0.5}
+
+    _, masks = L1NormPruner(network(), [entry]).compress()
+
+    assert {"conv1", "conv2", "conv3"} == set(masks)
+    assert not caplog.records
