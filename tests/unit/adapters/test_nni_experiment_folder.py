@@ -248,15 +248,20 @@ def test_what_nni_would_not_take_is_refused_before_any_work(recipe, nni, tmp_pat
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of Unix")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_other_signals_that_end_a_program_are_like_ctrl_c(recipe, monkeypatch, tmp_path, name) -> None:
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # under nohup the tests would ignore one of them
+
     def run(*_, **__) -> None:
         os.kill(os.getpid(), getattr(signal, name))
         pytest.fail("not interrupted")
 
     monkeypatch.setattr(adapter, "run_experiment", run)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_trials(recipe_with(), SPACE, tmp_path / "out", SETTINGS)
-    assert signal.SIG_DFL == signal.getsignal(getattr(signal, name))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_trials(recipe_with(), SPACE, tmp_path / "out", SETTINGS)
+        assert signal.SIG_DFL == signal.getsignal(getattr(signal, name))
+    finally:
+        signal.signal(getattr(signal, name), before)
 
 
 def test_a_folder_with_something_in_it_is_refused(recipe, nni, tmp_path) -> None:
