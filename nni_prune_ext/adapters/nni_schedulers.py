@@ -225,8 +225,8 @@ class _SchedulePruner(SchedulerPruner):
         self._update_sparse_goals_by_ratio(float(schedule(current_times / self.total_times)))
 
 
-class _RatioPolicyPruner(SchedulerPruner):
-    """Scheduled pruner of a ``ratio_policy``; ``schedule`` says how the total grows."""
+class _AlongSchedulePruner(SchedulerPruner):
+    """Scheduled pruner of what is no schedule itself: ``schedule`` names the one that it follows."""
 
     def __init__(
         self,
@@ -239,6 +239,10 @@ class _RatioPolicyPruner(SchedulerPruner):
     ) -> None:
         self._schedule = build_schedule(schedule)
         super().__init__(pruner, interval_steps, total_times, evaluator)
+
+
+class _RatioPolicyPruner(_AlongSchedulePruner):
+    """Scheduled pruner of a ``ratio_policy``; ``schedule`` says how the total grows."""
 
     def _check_goals(self, inner: Pruner) -> None:
         for place in active_places(inner._target_spaces):
@@ -292,20 +296,8 @@ class _RatioPolicyPruner(SchedulerPruner):
         return weights
 
 
-class _MaskUpdatePruner(SchedulerPruner):
+class _MaskUpdatePruner(_AlongSchedulePruner):
     """Scheduled pruner of a ``mask_update_rule``; ``schedule`` says how the goals grow."""
-
-    def __init__(
-        self,
-        pruner: Pruner,
-        interval_steps: int,
-        total_times: int,
-        evaluator: Evaluator | None = None,
-        *,
-        schedule: str = "linear",
-    ) -> None:
-        self._schedule = build_schedule(schedule)
-        super().__init__(pruner, interval_steps, total_times, evaluator)
 
     def update_sparse_goals(self, current_times: int) -> None:
         """Sets the goals along the schedule; the rule acts when the inner pruner makes its masks."""
