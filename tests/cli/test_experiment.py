@@ -190,7 +190,6 @@ def test_a_manager_that_outlives_the_command_is_taken_over(folder) -> None:
     assert tried == sorted(on_record(next((folder / "out" / "nni").glob("npe-*"))))
 
 
-@pytest.mark.slow
 def test_the_example_searches_methods_and_targets_and_its_portal_answers(tmp_path) -> None:
     program = Path(__file__).resolve().parents[2] / "examples" / "nni_experiment.py"
     environment = {**os.environ, "HOME": str(tmp_path), "NNI_CONFIG_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
