@@ -8,14 +8,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from accelerate.utils import send_to_device
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from nni_prune_ext.allocation import Achieved, CostModel, Limits, Reference, Scope, Target, check_feasible
+from nni_prune_ext.allocation import (
+    Achieved,
+    CostModel,
+    Limits,
+    Scope,
+    Target,
+    achieved_targets,
+    check_feasible,
+    parse_targets,
+    sparsity_of,
+)
 from nni_prune_ext.certificate import Certificate, certify_plan, remove_channels, verify_groups
 from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
 from nni_prune_ext.costs import Costs, count_costs
@@ -23,7 +32,7 @@ from nni_prune_ext.errors import CertificateError, ConfigError, PluginError, Tar
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
-from nni_prune_ext.plan import PruningPlan, removed_channels
+from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.specs import import_object
 from nni_prune_ext.surgery import slice_state
@@ -148,7 +157,8 @@ def prune(
     groups = groups or verify_groups(model, example_inputs, trace_channel_groups(model, example_inputs), seed=seed)
     dense = count_costs(model, example_inputs)
     cost_model = CostModel.of(model, groups, dense)
-    check_feasible(cost_model, targets, limits)
+    _check_unit(spec, targets, groups, limits or Limits())
+    check_feasible(cost_model, [t for t in targets if t.metric != "sparsity"], limits)
     job = _Job(spec, chosen, targets, limits or Limits(), scope, seed, settings, recover_epochs, distillation, loss)
     saved = None if checkpoints is None else checkpoints.stage("prune", job.identity(model))
     run = MethodRun(
@@ -199,7 +209,7 @@ def prune(
         groups=groups,
         dense=dense,
         costs=costs,
-        achieved=achieved_targets(targets, cost_model, plan, costs),
+        achieved=achieved_targets(targets, cost_model, plan, costs, outcome.weight_masks),
         removed_only=removed_only,
         outcome=outcome,
         logs=(*run.logs, *logs),
@@ -296,6 +306,19 @@ def _check_masks(spec: MethodSpec, masks: Mapping[str, Tensor], model: nn.Module
             )
 
 
+def _check_unit(spec: MethodSpec, targets: Sequence[Target], groups: ChannelGroups, limits: Limits) -> None:
+    """Refuses to mask single weights with a method that removes channels only."""
+    if sparsity_of(targets) is None:
+        return
+    limits.check(groups)
+    if "weight_masks" not in spec.products:
+        raise TargetError(
+            f"The target {targets[0]} is about single weights, but the method '{spec.name}' removes channels only. "
+            "Expected macs, params, memory or ratio. Ask for one of these, or use a method that makes weight masks "
+            "(`nni-prune-ext list` shows what each hands over)."
+        )
+
+
 def _refuse_without_data(spec: MethodSpec, method: PruningMethod, recover_epochs: int) -> None:
     if spec.needs_data:
         what = f"The method '{spec.name}'"
@@ -338,50 +361,3 @@ def method_options(spec: MethodSpec, options: Mapping[str, object] | None) -> Ba
         raise ConfigError(
             f"Option '{name}' of method '{spec.name}' is {first['input']!r}: {first['msg']}. Known options: {known}."
         ) from error
-
-
-def parse_targets(target: str | Target | Sequence[str | Target]) -> tuple[Target, ...]:
-    """Returns the targets as a tuple, checked.
-
-    Raises:
-        TargetError: there is none, or one is unreadable or out of range.
-    """
-    given = [target] if isinstance(target, (str, Target)) else list(target)
-    if not given:
-        raise TargetError("No target was given, expected at least one. Ask for example for macs=0.5.")
-    targets = tuple(Target.parse(t) if isinstance(t, str) else t for t in given)
-    for one in targets:
-        one.check()
-    return targets
-
-
-def achieved_targets(
-    targets: Sequence[Target], cost_model: CostModel, plan: PruningPlan, costs: Costs
-) -> tuple[Achieved, ...]:
-    """States asked and achieved per target from the counted costs of the compact model."""
-    reference = Reference.of(cost_model)
-    total = sum(reference.widths.values())
-    counted: dict[str, float] = {key: float(value) for key, value in costs.as_dict().items()}
-    counted["ratio"] = _removed_share(plan, cost_model.groups, total)
-    return tuple(
-        Achieved(t, reference.costs.get(t.metric, 0.0), t.bound(reference.costs.get(t.metric, 0.0)), counted[t.metric])
-        for t in targets
-    )
-
-
-def _removed_share(plan: PruningPlan, groups: ChannelGroups, total: int) -> float:
-    gone = sum(int(mask.sum()) for mask in removed_channels(plan, groups).values())
-    return gone / total if total else 0.0
-
-
-def checked_scope(scope: str) -> Scope:
-    """Returns the scope.
-
-    Raises:
-        ConfigError: it is neither ``global`` nor ``local``.
-    """
-    if scope not in ("global", "local"):
-        raise ConfigError(
-            f"The scope is '{scope}', expected 'global' (one ranking) or 'local' (one ratio). Choose one."
-        )
-    return cast("Scope", scope)

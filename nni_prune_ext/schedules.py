@@ -16,6 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from nni_prune_ext.errors import PluginError
+from nni_prune_ext.mask_updates import ShareOfSwaps, fourth_power, half_cosine, limited
 from nni_prune_ext.registry import load_plugin
 
 if TYPE_CHECKING:
@@ -125,6 +126,22 @@ def replace_mask(old: Tensor, proposed: Tensor, scores: Tensor, progress: float)
     return proposed
 
 
+def short_restriction(share: ShareOfSwaps) -> MaskUpdateRule:
+    """Returns the rule that makes a share of the swaps of a step, best pairs first: all at first, none at the end.
+
+    From "Lottery Jackpots Exist in Pre-trained Models", https://arxiv.org/abs/2104.08700; its published schedule is not
+    confirmed. What a change of the number of kept channels needs is made in any case.
+
+    Args:
+        share: progress (0–1) → share (0–1).
+    """
+
+    def rule(old: Tensor, proposed: Tensor, scores: Tensor, progress: float) -> Tensor:
+        return limited(old, proposed, scores, share(progress))
+
+    return rule
+
+
 def _build(name: str, kind: SchedulerKind) -> object:
     """Makes a registered scheduler.
 
@@ -162,3 +179,13 @@ COSINE = SchedulerSpec("schedule", "slow at both ends", lambda: cosine)
 ASFP = SchedulerSpec("schedule", "exponential: three quarters in the first eighth (ASFP 2019)", lambda: asfp)
 UNIFORM_RATIO = SchedulerSpec("ratio_policy", "the same pruning ratio in every group", lambda: uniform_ratio)
 REPLACE = SchedulerSpec("mask_update_rule", "every step takes the mask that the scores ask for", lambda: replace_mask)
+SHORT_RESTRICTION = SchedulerSpec(
+    "mask_update_rule",
+    "a falling share of the swaps, fourth power: all at first, none at the end (Lottery Jackpots)",
+    lambda: short_restriction(fourth_power),
+)
+SHORT_RESTRICTION_COSINE = SchedulerSpec(
+    "mask_update_rule",
+    "a falling share of the swaps, half a cosine wave",
+    lambda: short_restriction(half_cosine),
+)

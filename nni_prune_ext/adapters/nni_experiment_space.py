@@ -9,9 +9,10 @@ from typing import cast
 import yaml
 from pydantic import JsonValue
 
+from nni_prune_ext.allocation import parse_targets
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.methods.options import Range, SearchEntry, options_from_trial, search_space
-from nni_prune_ext.pipeline import method_spec, parse_targets
+from nni_prune_ext.pipeline import method_spec
 from nni_prune_ext.recipes import Origins, Recipe, recipe_from
 
 NAME, BUDGET, EPOCHS = "_name", "TRIAL_BUDGET", "recovery.epochs"

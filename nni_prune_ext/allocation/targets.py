@@ -16,7 +16,9 @@ from nni_prune_ext.errors import ConfigError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups
 from nni_prune_ext.graph.label_book import Role
 
-Metric = Literal["macs", "params", "memory", "ratio"]
+Metric = Literal["macs", "params", "memory", "ratio", "sparsity"]
+SHARES = ("ratio", "sparsity")
+"""The metrics that say how much goes; the others say how much may stay."""
 Scope = Literal["global", "local"]
 _SMALLEST_ABSOLUTE = 1000
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
@@ -28,7 +30,8 @@ class Target:
 
     Attributes:
         metric: ``macs``, ``params`` or ``memory`` (bytes of the weights): an upper bound; ``ratio``: the share of
-            prunable channels to remove, a lower bound.
+            prunable channels to remove, a lower bound; ``sparsity``: the share of single weights to mask, a lower bound
+            for methods that hand over masks of weights.
         value: up to 1 a share of the dense model (``macs=0.5`` leaves half), above 1 an absolute number.
     """
 
@@ -43,13 +46,12 @@ class Target:
             TargetError: it is not of that form, out of range, or neither a share nor a plausible absolute number.
         """
         match = re.fullmatch(
-            r"\s*(macs|params|memory|ratio)\s*=\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kKmMgG]?)\s*", text
+            r"\s*(macs|params|memory|ratio|sparsity)\s*=\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kKmMgG]?)\s*", text
         )
         if match is None:
             raise TargetError(
-                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, "
-                "memory or ratio and VALUE a "
-                "share (macs=0.5) or a number with k, M or G (macs=62M)."
+                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, memory, ratio "
+                "or sparsity and VALUE a share (macs=0.5) or a number with k, M or G (macs=62M)."
             )
         try:
             value = float(match[2]) * _UNITS[match[3].lower()]
@@ -71,17 +73,15 @@ class Target:
         """Refuses values out of range.
 
         Raises:
-            TargetError: not positive, or a ratio of 1 or more.
+            TargetError: not positive, or a share to remove of 1 or more.
         """
-        if not self.value > 0 or (self.metric == "ratio" and self.value >= 1) or not math.isfinite(self.value):
-            span = (
-                "above 0 and below 1" if self.metric == "ratio" else "above 0: a share up to 1, or an absolute number"
-            )
+        if not self.value > 0 or (self.metric in SHARES and self.value >= 1) or not math.isfinite(self.value):
+            span = "above 0 and below 1" if self.metric in SHARES else "above 0: a share up to 1, or an absolute number"
             raise TargetError(f"The target {self} is out of range. Expected a value {span}.")
 
     def bound(self, dense: float) -> float:
         """Returns the bound in the metric's own unit, given the dense model's value."""
-        return self.value if self.metric == "ratio" or self.value > 1 else self.value * dense
+        return self.value if self.metric in SHARES or self.value > 1 else self.value * dense
 
     def __str__(self) -> str:
         """Returns ``metric=value``."""
@@ -100,7 +100,7 @@ class Achieved:
     @property
     def met(self) -> bool:
         """Says whether the bound holds."""
-        if self.target.metric == "ratio":
+        if self.target.metric in SHARES:
             return self.achieved >= self.asked - 1e-12
         return self.achieved <= self.asked + 1e-9
 
@@ -139,6 +139,10 @@ class Limits(BaseModel):
     multiple: int = Field(default=1, ge=1)
     exclude: tuple[str, ...] = ()
     layers: dict[str, LayerLimit] = {}
+
+    def excludes(self, layer: str) -> bool:
+        """Says whether a layer is excluded by its own name."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.exclude)
 
     def of_group(self, group: ChannelGroup) -> LayerLimit:
         """Returns the smallest and largest pruning ratio of one group."""

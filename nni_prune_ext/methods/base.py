@@ -2,9 +2,8 @@
 
 A method is driven by a loop (``nni_prune_ext.training.drive``) or by a host. It declares phases; in each phase the loop
 trains what the phase names and calls the method's hooks; at the end the method hands over an :class:`Outcome`. How
-data-free
-scores, losses with auxiliary modules, training-time controllers, mask searches and gated networks fit is sketched in
-docs/explanation/method_contract.md.
+data-free scores, losses with auxiliary modules, training-time controllers, mask searches and gated networks fit is
+sketched in docs/explanation/method_contract.md.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ Batch: TypeAlias = Any
 """One batch as the user's loader yields it; only the user's loss looks inside."""
 
 Product = Literal["plan", "weight_masks", "gated_model"]
+Unit = Literal["channel", "weight"]
 JsonState: TypeAlias = dict[str, "float | int | str | list[float] | dict[str, float]"]
 
 
@@ -81,6 +81,14 @@ class MethodContext(Protocol):
     """Share of all epochs of the method that are done, 0–1."""
     seed: int
 
+    @property
+    def unit(self) -> Unit:
+        """What was asked for: channels to be removed, or single weights to be masked."""
+
+    @property
+    def maskable(self) -> tuple[str, ...]:
+        """The parameters whose single weights may be masked, in forward order; empty where channels were asked for."""
+
     def batches(self, count: int) -> list[Batch]:
         """Returns ``count`` training batches outside the loop; the loop's own order does not move."""
 
@@ -91,6 +99,9 @@ class MethodContext(Protocol):
         self, scores: Mapping[str, Tensor], *, fraction: float = 1.0, ratios: Mapping[str, float] | None = None
     ) -> Allocation:
         """Turns scores into a plan on the way to the targets (``nni_prune_ext.allocation.allocate``)."""
+
+    def masked_counts(self, magnitudes: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """Says how many single weights of each tensor are to be masked, given magnitudes of all that may be."""
 
     def apply(self, plan: PruningPlan) -> Removal:
         """Removes channels now, certified: the model, its optimizers and everything that follows are cut alike."""
@@ -178,7 +189,7 @@ class MethodSpec:
         needs_data: whether training batches are required.
         own_optimizers: whether some phase makes optimizers of its own.
         changes_structure: whether channels may be cut before the end, with some options.
-        products: what ``Outcome`` holds.
+        products: what ``Outcome`` may hold; a method with plans and weight masks hands over what was asked for.
         scores: importance of every channel of every group, higher = keep, where the method is a criterion. Hosts with
             a schedule of their own (NNI's pruners, torch-pruning's ``BasePruner``) call it as often as they like. It
             looks at ``model``, ``groups``, ``seed``, ``batches`` and ``task_loss`` of the context, and changes nothing.

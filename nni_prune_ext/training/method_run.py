@@ -14,7 +14,17 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nni_prune_ext.allocation import Allocation, CostModel, Limits, Reference, Scope, Target, allocate
+from nni_prune_ext.allocation import (
+    Allocation,
+    CostModel,
+    Limits,
+    Reference,
+    Scope,
+    Target,
+    allocate,
+    masked_counts,
+    sparsity_of,
+)
 from nni_prune_ext.certificate import remove_channels
 from nni_prune_ext.checkpoints import Checkpoints
 from nni_prune_ext.costs import count_costs
@@ -22,7 +32,7 @@ from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.graph.model_copy import named_tensors
 from nni_prune_ext.inputs import ExampleInputs
-from nni_prune_ext.methods.base import Batch, Phase, PruningMethod
+from nni_prune_ext.methods.base import Batch, Phase, PruningMethod, Unit
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import Kept, Removal, cut_channels, remap_optimizer, slice_state
 from nni_prune_ext.training.processes import apart, averaged, from_main
@@ -100,6 +110,23 @@ class MethodRun:
     _reference: Reference | None = None
     _kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
+    @property
+    def unit(self) -> Unit:
+        """Says whether channels or single weights were asked for."""
+        return "channel" if sparsity_of(self.targets) is None else "weight"
+
+    @property
+    def maskable(self) -> tuple[str, ...]:
+        """Returns the weights of all convolutions that the limits do not exclude, if single weights were asked for."""
+        if self.unit == "channel":
+            return ()
+        layers = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        return tuple(
+            name
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) in layers and not self.limits.excludes(name.removesuffix(".weight"))
+        )
+
     def batches(self, count: int) -> list[Batch]:
         """Returns the first ``count`` training batches of the current order; the loop's own order does not move.
 
@@ -136,6 +163,11 @@ class MethodRun:
             fraction=fraction,
             reference=self._reference,
         )
+
+    def masked_counts(self, magnitudes: Mapping[str, Tensor]) -> dict[str, int]:
+        """Plans the sparsity that was asked for: one threshold over all tensors, or one share of each (``scope``)."""
+        sparsity = sparsity_of(self.targets) or 0.0
+        return masked_counts(averaged(magnitudes), sparsity, scope=self.scope, limits=self.limits)
 
     def apply(self, plan: PruningPlan) -> Removal:
         """Cuts now, certified: what the method put on the model is taken off, optimizers follow, the method is told."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nni_prune_ext.allocation import CostModel, Limits, check_feasible
+from nni_prune_ext.allocation import CostModel, Limits, check_feasible, parse_targets
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import Costs, count_costs
 from nni_prune_ext.data.batches import split_batches
@@ -21,7 +21,6 @@ from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.models.loading import build_model
-from nni_prune_ext.pipeline import parse_targets
 from nni_prune_ext.recipes import Origins, Recipe, method_epochs
 from nni_prune_ext.training import Batches, Evaluate, LossFunction
 from nni_prune_ext.training.processes import own_device

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nni_prune_ext import pipeline
-from nni_prune_ext.allocation import Limits, Target
+from nni_prune_ext.allocation import Limits, Target, checked_scope, parse_targets
 from nni_prune_ext.certificate import certify_plan, remove_channels
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import ConfigError, PluginError, TargetError, UnknownPluginError
 from nni_prune_ext.graph.channel_groups import trace_channel_groups
 from nni_prune_ext.methods.base import MethodContext, MethodSpec, NoOptions, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.baselines import L1, L2
-from nni_prune_ext.pipeline import PruneResult, checked_scope, method_options, parse_targets, prune
+from nni_prune_ext.pipeline import PruneResult, method_options, prune
 from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.surgery import Removal
 from nni_prune_ext.testing.method_bench import Bench, BenchNet, modes_of, traces_on
