@@ -121,7 +121,8 @@ def prune(
         train_batches: needed by data-driven methods, for BN recalibration and for recovery.
         loss: the user's loss of a model on a batch.
         recover_epochs: epochs of training after the cut.
-        evaluate: a validation metric (higher is better) by which the recovery selects its weights. Never the test set.
+        evaluate: a validation metric (higher is better), measured after every epoch of method and recovery; the
+            recovery selects its weights by it. Never the test set.
         distillation: lets the dense model teach the compact one during recovery.
         groups: verified groups from an earlier call, to save the trace and the trial.
         watcher: is told how the training goes.
@@ -172,6 +173,7 @@ def prune(
         limits=limits or Limits(),
         scope=scope,
         watcher=watcher,
+        evaluate=evaluate,
         checkpoints=saved and saved.stage("method"),
         seed=seed,
     )
@@ -195,7 +197,6 @@ def prune(
     recovery = replace(
         run,
         loss=loss if distillation is None else distilled(loss, model, distillation),
-        evaluate=evaluate,
         checkpoints=saved and saved.stage("recovery"),
     )
     masks = outcome.weight_masks or {}

@@ -22,6 +22,7 @@ L1NormPruner = pruner_for("l1")
 L2NormPruner = pruner_for("l2")
 FPGMPruner = pruner_for("fpgm")
 RandomPruner = pruner_for("random")
+LotteryJackpotsPruner = pruner_for("lottery_jackpots")
 
 LinearPruner = scheduled_pruner_for("linear")
 AGPPruner = scheduled_pruner_for("agp")
@@ -30,22 +31,27 @@ ASFPPruner = scheduled_pruner_for("asfp")
 OneShotPruner = scheduled_pruner_for("one_shot")
 UniformRatioPruner = scheduled_pruner_for("uniform_ratio")
 ReplacePruner = scheduled_pruner_for("replace")
+ShortRestrictionPruner = scheduled_pruner_for("short_restriction")
+CosineShortRestrictionPruner = scheduled_pruner_for("short_restriction_cosine")
 
 __all__ = [
     "AGPPruner",
     "ASFPPruner",
     "CosinePruner",
+    "CosineShortRestrictionPruner",
     "FPGMPruner",
     "L1NormPruner",
     "L2NormPruner",
     "LevelPruner",
     "LinearPruner",
+    "LotteryJackpotsPruner",
     "MethodPruner",
     "MovementPruner",
     "OneShotPruner",
     "RandomPruner",
     "ReplacePruner",
     "SchedulerPruner",
+    "ShortRestrictionPruner",
     "SlimPruner",
     "TaylorPruner",
     "UniformRatioPruner",

@@ -11,6 +11,7 @@ Example:
     >>> pruner.step()
 """
 
+from nni_prune_ext.adapters.torch_pruning_decisions import DecisionImportance
 from nni_prune_ext.adapters.torch_pruning_history import plan_from_history, plan_to_history
 from nni_prune_ext.adapters.torch_pruning_importance import (
     FPGMImportance,
@@ -19,18 +20,20 @@ from nni_prune_ext.adapters.torch_pruning_importance import (
     MethodImportance,
     RandomImportance,
     TaylorImportance,
-    importance_for,
 )
+from nni_prune_ext.adapters.torch_pruning_named_importances import LotteryJackpotsImportance, importance_for
 from nni_prune_ext.adapters.torch_pruning_pruner import CertifiedPruner
 from nni_prune_ext.adapters.torch_pruning_report import LayerChange, StepReport
 from nni_prune_ext.adapters.torch_pruning_schedules import agp, asfp, cosine, linear, one_shot, schedule_for
 
 __all__ = [
     "CertifiedPruner",
+    "DecisionImportance",
     "FPGMImportance",
     "L1Importance",
     "L2Importance",
     "LayerChange",
+    "LotteryJackpotsImportance",
     "MethodImportance",
     "RandomImportance",
     "StepReport",

@@ -15,13 +15,13 @@ from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
 from nni_prune_ext.adapters.nni_evaluator import StepCall
-from nni_prune_ext.adapters.nni_sparsity import make_masks
+from nni_prune_ext.adapters.nni_sparsity import counts_of_weights, make_masks
 from nni_prune_ext.adapters.nni_targets import ChannelTargets, Masks, Place, active_places, masked_share
 from nni_prune_ext.allocation import Allocation
 from nni_prune_ext.allocation.ratio_scaling import scaled_ratios
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, Indices
-from nni_prune_ext.methods.base import Batch
+from nni_prune_ext.methods.base import Batch, Unit
 from nni_prune_ext.plan import plan_from_channels, removed_channels
 from nni_prune_ext.training import MethodRun
 from nni_prune_ext.training.processes import averaged
@@ -67,12 +67,36 @@ class NniRun(MethodRun):
         spaces: the pruner's target spaces.
         collect: makes so many batches.
         whole: the groups of the whole model that the method may prune.
+        asked: what the config_list asks for, channels or single weights.
     """
 
     targets_of: ChannelTargets = field(default_factory=lambda: ChannelTargets(ChannelGroups((), (), {}), False))
     spaces: Spaces = field(default_factory=dict)
     collect: Callable[[int], list[StepCall]] = field(default=lambda count: [])
     whole: ChannelGroups = field(default_factory=lambda: ChannelGroups((), (), {}))
+    asked: Unit = "channel"
+
+    @property
+    def unit(self) -> Unit:
+        """Says whether the config_list asks for channels or single weights."""
+        return self.asked
+
+    @property
+    def maskable(self) -> tuple[str, ...]:
+        """Returns the tensors that the config_list names, if it asks for single weights; shared ones once."""
+        return tuple(name for name, _ in self.model.named_parameters() if name in self._named)
+
+    def masked_counts(self, magnitudes: Mapping[str, Tensor]) -> dict[str, int]:
+        """Plans by the config_list: its ratio of each tensor, or one threshold for a global group."""
+        return counts_of_weights(self._named, averaged(magnitudes))
+
+    @property
+    def _named(self) -> dict[str, Place]:
+        """Returns tensor name → its target, where single weights were asked for."""
+        if self.unit == "channel":
+            return {}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return {names[id(self.model.get_parameter(p.tensor))]: p for p in active_places(self.spaces)}
 
     def batches(self, count: int) -> list[Batch]:
         """Returns ``count`` batches of the user's training function, out of the run of training."""

@@ -189,6 +189,7 @@ class EvaluatorTraining:
 
     def __init__(self, evaluator: TorchEvaluator) -> None:
         self.evaluator = evaluator
+        self._own: list[list[list[nn.Parameter]]] = []  # optimizer → group → what it was made for
 
     def close(self) -> None:
         """Lets the evaluator go."""
@@ -247,9 +248,18 @@ class EvaluatorTraining:
         return losses
 
     def _bind(self, run: MethodRun) -> None:
+        """Binds the evaluator to the model of now; its optimizers leave out what the method's optimizers hold."""
         evaluator = self.evaluator
-        if evaluator.model is run.model:
-            return
+        if evaluator.model is not run.model:
+            self._bind_anew(run)
+            self._own = [[list(group["params"]) for group in one.param_groups] for one in evaluator._optimizers]
+        held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for optimizer, groups in zip(evaluator._optimizers, self._own):
+            for group, own in zip(optimizer.param_groups, groups):
+                group["params"] = [p for p in own if id(p) not in held]
+
+    def _bind_anew(self, run: MethodRun) -> None:
+        evaluator = self.evaluator
         schedules = [] if evaluator.model is None else [s.state_dict() for s in evaluator._lr_schedulers]
         self.close()
         evaluator.bind_model(run.model, None)
@@ -257,10 +267,6 @@ class EvaluatorTraining:
             schedule.load_state_dict(state)
             for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr()):
                 group["lr"] = rate
-        held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
-        for optimizer in evaluator._optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in held]
 
 
 @contextmanager

@@ -60,8 +60,8 @@ def search_space_for(
     """
     if not methods and not targets and not epochs and not settings:
         raise ConfigError("There is nothing to choose from, expected a method or a target at least. Name several.")
-    if targets:
-        parse_targets(targets)
+    for target in targets:  # each is a choice; they need not fit together
+        parse_targets(target)
     specs, wanted = {name: method_spec(name) for name in methods}, dict(tune or {})
     known = list(dict.fromkeys(option for spec in specs.values() for option in spec.options.model_fields))
     for name in wanted:

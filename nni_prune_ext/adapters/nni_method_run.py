@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 
 from nni_prune_ext.adapters.nni_context import NniRun, plain_names
 from nni_prune_ext.adapters.nni_evaluator import EvaluatorTraining, StepCall, collected_calls
-from nni_prune_ext.adapters.nni_targets import ChannelTargets, Place
-from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.adapters.nni_targets import ChannelTargets, Place, Spaces, active_places
+from nni_prune_ext.certificate import verify_groups
+from nni_prune_ext.errors import ConfigError, ConfigListError
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.graph.model_copy import named_tensors
@@ -45,6 +47,45 @@ def run_method(method: PruningMethod, run: NniRun, evaluator: TorchEvaluator | N
         if training is not None:
             training.close()
     return outcome
+
+
+def channel_run(model: nn.Module, channels: ChannelTargets, spaces: Spaces, seed: int) -> NniRun:
+    """Returns a run that removes channels of the groups that a config_list names in full.
+
+    Args:
+        model: a copy of the user's model, to be cut.
+
+    Raises:
+        ConfigListError: there are such groups, but it names none in full.
+    """
+    verified = verify_groups(model, channels.example_inputs, channels.groups)
+    reasons = not_configured(verified, channels.parameters, list(active_places(spaces)))
+    whole = verified.protecting(reasons)
+    if len(verified) and not len(whole):
+        known = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:3])
+        raise ConfigListError(
+            f"The config_list names none of the {len(verified)} channel groups of {type(model).__name__} in full "
+            f"({known}), expected one at least: coupled layers lose channels together. Add the layers that are missing."
+        )
+    return NniRun(
+        model=model,
+        groups=whole,
+        example_inputs=channels.example_inputs,
+        seed=seed,
+        targets_of=channels,
+        spaces=spaces,
+        whole=whole,
+    )
+
+
+def weight_run(model: nn.Module, channels: ChannelTargets, spaces: Spaces, seed: int) -> NniRun:
+    """Returns a run that masks single weights of the tensors that a config_list names, and leaves all channels.
+
+    Args:
+        model: a copy of the user's model.
+    """
+    closed = replace(channels.groups, groups=())
+    return NniRun(model=model, groups=closed, seed=seed, targets_of=channels, spaces=spaces, asked="weight")
 
 
 def refuse_unplannable(own: str, channels: ChannelTargets, places: Sequence[Place]) -> None:
@@ -102,17 +143,24 @@ def load_weights(live: nn.Module, run: NniRun) -> None:
 
 
 def with_weight_masks(masks: Masks, outcome: Outcome, run: NniRun) -> Masks:
-    """Multiplies the masks of single weights, made for the model that was cut, onto the masks of their targets."""
+    """Multiplies the masks of single weights, made for the model that was cut, onto the masks of their targets.
+
+    Where nothing was cut they replace the masks of an earlier call. Layers that share a weight share its mask.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, parameter in run.model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
     missing = []
-    for name, mask in (outcome.weight_masks or {}).items():
-        module, _, target = name.rpartition(".")
-        current = masks.get(module, {}).get(target)
-        if current is None:
-            missing.append(name)
-            continue
-        whole = current.clone()
-        whole[_grid(run, name, whole.shape)] *= mask.to(whole)
-        masks[module][target] = whole
+    for first, mask in (outcome.weight_masks or {}).items():
+        for name in shared[id(run.model.get_parameter(first))]:
+            module, _, target = name.rpartition(".")
+            current = masks.get(module, {}).get(target)
+            if current is None:
+                missing.append(name)
+                continue
+            whole = torch.ones_like(current) if run.applied is None else current.clone()
+            whole[_grid(run, first, whole.shape)] *= mask.to(whole)
+            masks[module][target] = whole
     if missing:
         _logger.warning(
             "%d tensors have weight masks but are no targets of the config_list, among them '%s'; they stay whole.",

@@ -1,10 +1,9 @@
 """NNI pruners for every registered method: NNI 3.0's class contract around this package's methods.
 
 A method that is a criterion gives NNI its metrics, so that NNI's config_list, schedules and fusion work as with NNI's
-own
-pruners. A method that trains runs its own phases with the user's evaluator, on a copy that may be cut; masks and
-trained
-weights are then put into the user's model. Departures from NNI's pruners:
+own pruners. A method that trains or searches runs its own phases with the user's evaluator, on a copy that may be cut;
+masks and trained weights are then put into the user's model. The granularity says what such a method is asked for:
+channels, or single weights. Departures from NNI's pruners:
 
 * channel groups are traced first, and coupled layers share one mask;
 * what NNI accepts in silence (ratios above 1, entries that select nothing, …) is a :class:`ConfigListError`;
@@ -23,13 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from nni.compression.base.compressor import Compressor, Pruner
-from nni.compression.pruning.tools import active_sparse_targets_filter, fpgm_metrics, norm_metrics
+from nni.compression.pruning.tools import active_sparse_targets_filter
 from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
 
-from nni_prune_ext.adapters.nni_config import ConfiguredTarget, Entry, check_config_list
+from nni_prune_ext.adapters.nni_config import Entry, check_config_list
 from nni_prune_ext.adapters.nni_context import (
-    NniRun,
     ScoringContext,
     parameters_of,
     plain_copy,
@@ -44,12 +42,14 @@ from nni_prune_ext.adapters.nni_evaluator import (
     released,
     torch_evaluator,
 )
+from nni_prune_ext.adapters.nni_granularity import BLOCK_METRICS, asked_unit
 from nni_prune_ext.adapters.nni_masks import layer_masks
 from nni_prune_ext.adapters.nni_method_run import (
+    channel_run,
     load_weights,
-    not_configured,
     refuse_unplannable,
     run_method,
+    weight_run,
     with_weight_masks,
 )
 from nni_prune_ext.adapters.nni_pruner_options import checked_options, option_names
@@ -61,23 +61,15 @@ from nni_prune_ext.adapters.nni_targets import (
     Place,
     active_places,
     inputs_of,
-    is_finer_than_channels,
     short_of_goal,
     turn_transposed,
 )
-from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.methods.base import MethodSpec, Outcome
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.training.processes import averaged
 
 _logger = logging.getLogger(__name__)
-_BLOCK_METRICS: Mapping[str, Callable[..., Masks]] = {
-    "l1": lambda data, spaces: cast("Masks", norm_metrics(p=1, data=data, target_spaces=spaces)),
-    "l2": lambda data, spaces: cast("Masks", norm_metrics(p=2, data=data, target_spaces=spaces)),
-    "fpgm": lambda data, spaces: cast("Masks", fpgm_metrics(p=2, data=data, target_spaces=spaces)),
-}
-"""The criteria that are defined on any block of weights, not only on channels: NNI's own measure of them."""
 
 
 class MethodPruner(Pruner):  # type: ignore[misc]
@@ -118,13 +110,17 @@ class MethodPruner(Pruner):  # type: ignore[misc]
             )
         self.options: Any = checked_options(type(self).__name__, self.method, method_options, options)
         self.seed = seed
-        self._refuse_fine_patterns(check_config_list(model, config_list))
+        self.unit = asked_unit(self.method, check_config_list(model, config_list))
         example = dummy_input if dummy_input is not None else getattr(evaluator, "dummy_input", None)
         self._skeleton = copy.deepcopy(model)
-        self.channels = ChannelTargets.of(model, None if example is None else inputs_of(example))
+        if self.unit == "weight" and example is None:
+            self.channels = ChannelTargets.untraced(model)
+        else:
+            self.channels = ChannelTargets.of(model, None if example is None else inputs_of(example))
         self._originals = parameters_of(model)
         self.gated_model: nn.Module | None = None
         self.outcome: Outcome | None = None
+        self._shortcut_masks: Masks = {}
         super().__init__(
             model, list(config_list), evaluator, None if existed_wrappers is None else dict(existed_wrappers)
         )
@@ -169,6 +165,23 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         """
         return cast("tuple[nn.Module, dict[str, dict[str, Tensor | None]]]", super().compress(max_steps, max_epochs))
 
+    def get_masks(self) -> dict[str, dict[str, Any]]:
+        """Returns a copy of the masks: of all targets, and of the outputs of shortcuts that lost channels.
+
+        A shortcut without weights has no target. Where a method has cut channels that one of them passes on, only a
+        mask of its output (``_output_0``) tells a speedup so.
+        """
+        masks = cast("dict[str, dict[str, Any]]", super().get_masks())
+        for module, own in self._shortcut_masks.items():
+            masks[module] = {target: mask.clone() for target, mask in own.items()}
+        return masks
+
+    def update_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Sets masks, as ``get_masks`` returned them."""
+        shortcuts = set(self.channels.groups.rewrites) - set(self._module_wrappers)
+        self._shortcut_masks |= {module: dict(own) for module, own in masks.items() if module in shortcuts}
+        super().update_masks({module: own for module, own in masks.items() if module not in shortcuts})
+
     def unwrap_model(self) -> None:
         """Takes the wrappers off. Unlike NNI's, the parameters are the objects that they were before wrapping.
 
@@ -184,27 +197,18 @@ class MethodPruner(Pruner):  # type: ignore[misc]
             ConfigError: there is no example input that the model runs on.
             SpeedupError: masks of single weights, or a layer without any channel left.
         """
+        model = plain_copy(self._skeleton, self.bound_model, None)
+        masks = layer_masks(self.get_masks(), model)
         if not self.channels.traced:
             raise ConfigError(
                 f"The channels of {type(self.bound_model).__name__} could not be traced without an example input, so "
                 "masks do not make a plan. Pass dummy_input=."
             )
-        model = plain_copy(self._skeleton, self.bound_model, None)
-        removal, _ = removal_of(model, layer_masks(self.get_masks(), model), self.channels.example_inputs)
+        removal, _ = removal_of(model, masks, self.channels.example_inputs)
         return removal.plan
 
     def _places(self) -> list[Place]:
         return list(active_places(self._target_spaces))
-
-    def _refuse_fine_patterns(self, targets: Sequence[ConfiguredTarget]) -> None:
-        for place in targets:
-            granularity = place.setting.get("granularity")
-            if place.active and is_finer_than_channels(granularity) and self.method.name not in _BLOCK_METRICS:
-                raise ConfigError(
-                    f"The granularity {granularity!r} of {place} is finer than channels, but the method "
-                    f"'{self.method.name}' scores channels. Expected 'out_channel' or 'in_channel'; or use "
-                    "LevelPruner, L1NormPruner, L2NormPruner or FPGMPruner."
-                )
 
     # NNI's three steps: data, metrics, masks
 
@@ -226,7 +230,7 @@ class MethodPruner(Pruner):  # type: ignore[misc]
         blocks = {(p.module, p.target) for p in places if p.dim is None}
         if blocks:
             chosen = {m: {t: v for t, v in own.items() if (m, t) in blocks} for m, own in data.items()}
-            for module, own in _BLOCK_METRICS[self.method.name](chosen, self._target_spaces).items():
+            for module, own in BLOCK_METRICS[self.method.name](chosen, self._target_spaces).items():
                 metrics.setdefault(module, {}).update(own)
         return metrics
 
@@ -279,34 +283,27 @@ class MethodPruner(Pruner):  # type: ignore[misc]
 
     def _run_method(self) -> None:
         """Runs the phases of a method on a copy, then puts its weights and masks into the user's model."""
-        example = self.channels.example_inputs
-        if not self.channels.traced:
+        method, evaluator = self.method.build(self.options), None
+        if self.unit == "channel" and not self.channels.traced:
             raise ConfigError(
                 f"The method '{self.method.name}' prunes channel groups and must run the model, but there is no "
                 "example input. Pass dummy_input=, here or to the evaluator."
             )
-        method, evaluator = self.method.build(self.options), None
         if self.method.needs_data or any(phase.epochs for phase in method.phases()):
             evaluator = torch_evaluator(self.evaluator, f"The method '{self.method.name}'")
-        places = self._places()
-        refuse_unplannable(type(self).__name__, self.channels, places)
-        verified = verify_groups(plain_copy(self._skeleton, self.bound_model, None), example, self.channels.groups)
-        whole = verified.protecting(not_configured(verified, self.channels.parameters, places))
-        run = NniRun(
-            model=plain_copy(self._skeleton, self.bound_model, None),
-            groups=whole,
-            example_inputs=example,
-            seed=self.seed,
-            targets_of=self.channels,
-            spaces=self._target_spaces,
-            whole=whole,
-        )
+        model = plain_copy(self._skeleton, self.bound_model, None)
+        if self.unit == "weight":
+            run = weight_run(model, self.channels, self._target_spaces, self.seed)
+        else:
+            refuse_unplannable(type(self).__name__, self.channels, self._places())
+            run = channel_run(model, self.channels, self._target_spaces, self.seed)
         self.outcome = run_method(method, run, evaluator)
         self.gated_model = self.outcome.gated_model
         load_weights(self.bound_model, run)
-        masks = self.get_masks()
+        masks = {module: own for module, own in self.get_masks().items() if module in self._module_wrappers}
         if run.applied is not None:
             masks |= self.channels.masks_of(run.applied, self._target_spaces)
+        self._shortcut_masks = {} if run.applied is None else self.channels.shortcut_masks_of(run.applied)
         self.update_masks(with_weight_masks(masks, self.outcome, run))
 
     # in a fusion, or under a schedule

@@ -41,8 +41,12 @@ from nni_prune_ext.scoring.group_reduction import writer_rows
 from nni_prune_ext.scoring.weight_norms import slice_rows
 
 _logger = logging.getLogger(__name__)
-_CLASS_NAMES: Mapping[str, str] = {"agp": "AGPPruner", "asfp": "ASFPPruner"}
-"""Names that are no plain words."""
+_CLASS_NAMES: Mapping[str, str] = {
+    "agp": "AGPPruner",
+    "asfp": "ASFPPruner",
+    "short_restriction_cosine": "CosineShortRestrictionPruner",
+}
+"""Names that are no plain words, or read better in another order."""
 
 
 class SchedulerPruner(NniScheduledPruner):  # type: ignore[misc]

@@ -7,6 +7,7 @@ the ranking is exact to one channel, in a fixed order, and the limits of every l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any, cast
 import numpy as np
 from nni.compression.pruning.tools import generate_sparsity
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nni_prune_ext.adapters.nni_targets import ChannelTargets, Masks, Place, Spaces
+from nni_prune_ext.allocation import LayerLimit, Limits, masked_counts
 
 _SHARED = ("global_group_id", "min_sparse_ratio", "max_sparse_ratio")
 
@@ -34,6 +37,41 @@ def make_masks(channels: ChannelTargets, places: Sequence[Place], metrics: Masks
     for module, own in channels.closed(places, masks).items():
         masks[module].update(own)
     return masks
+
+
+def counts_of_weights(places: Mapping[str, Place], magnitudes: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns tensor name → how many of its single weights are masked: the ratio rounded up, within its limits.
+
+    The tensors of a global group are masked below one threshold, at the group's ratio of all their weights together. Of
+    every tensor at least one weight stays.
+
+    Args:
+        places: tensor name → its target, with a ratio.
+        magnitudes: tensor name → magnitudes of its weights, of any shape.
+    """
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name in magnitudes:
+        group = places[name].space.global_group_id
+        together.setdefault(("tensor", name) if group is None else ("group", str(group)), []).append(name)
+    counts: dict[str, int] = {}
+    for (kind, _), names in together.items():
+        own = {name: magnitudes[name] for name in names}
+        first = places[names[0]]
+        asked = float(first.space.sparse_ratio) if kind == "group" else first.goal or 0.0
+        most = sum(_most(places[name], values.numel()) for name, values in own.items())
+        reachable = most / sum(values.numel() for values in own.values())
+        limits = {name.removesuffix(".weight"): _limit(places[name]) for name in names}
+        counts |= masked_counts(own, min(asked, reachable), limits=Limits(layers=limits))
+    return {name: counts[name] for name in magnitudes}
+
+
+def _limit(place: Place) -> LayerLimit:
+    space = place.space
+    return LayerLimit(min_ratio=space.min_sparse_ratio or 0.0, max_ratio=space.max_sparse_ratio or 1.0)
+
+
+def _most(place: Place, size: int) -> int:
+    return min(math.floor(size * _limit(place).max_ratio + 1e-9), size - 1)
 
 
 @dataclass(frozen=True)

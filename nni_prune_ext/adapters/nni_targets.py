@@ -31,6 +31,8 @@ Spaces = Mapping[str, Mapping[str, PruningTargetSpace]]
 """Module name → target name → NNI's target space."""
 Masks = dict[str, dict[str, Tensor]]
 _NAMED_DIMS = {"out_channel": 0, "in_channel": 1}
+_UNTRACED = "0" * 64
+"""Stands for a fingerprint in plans that remove nothing; no traced model has it."""
 _GUESSED_SIZES = (32, 64, 96, 224, 28, 299)
 
 
@@ -125,8 +127,14 @@ class ChannelTargets:
             "own and keep more channels in a speedup. Pass dummy_input=.",
             type(model).__name__,
         )
+        return cls.untraced(model)
+
+    @classmethod
+    def untraced(cls, model: nn.Module) -> ChannelTargets:
+        """Returns targets that stand for themselves: every layer alone, or single weights."""
+        parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
-        return cls(ChannelGroups((), (), shapes), False, (), parameters)
+        return cls(ChannelGroups((), (), shapes, fingerprint=_UNTRACED), False, (), parameters)
 
     def scored_groups(self, places: Sequence[Place]) -> ChannelGroups:
         """Returns the groups that must be scored for these targets: traced ones, and one per target alone."""
@@ -219,6 +227,19 @@ class ChannelTargets:
                     lost = member.index[gone[group.name][member.channel]] if group.name in gone else member.index[:0]
                     mask.index_fill_(dim, torch.from_numpy(lost).to(mask.device), 0)
                 result.setdefault(module, {})[target] = mask
+        return result
+
+    def shortcut_masks_of(self, plan: PruningPlan) -> Masks:
+        """Returns masks ``(1, C, 1, 1)`` for the outputs of shortcuts without weights that a plan takes channels of."""
+        gone = removed_channels(plan, self.groups)
+        result: Masks = {}
+        for group in self.groups:
+            for member in group.by_role(Role.WRITER):
+                if member.tensor not in self.parameters and group.name in gone and gone[group.name].any():
+                    width = self.groups.shapes[member.tensor][member.dim]
+                    mask = torch.ones(1, width, 1, 1)
+                    mask[:, torch.from_numpy(member.index[gone[group.name][member.channel]])] = 0
+                    result.setdefault(member.tensor.rpartition(".")[0], {})["_output_0"] = mask
         return result
 
     def _writers(self, group: ChannelGroup) -> list[GroupMember]:

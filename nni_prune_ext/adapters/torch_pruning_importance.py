@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch_pruning as tp
@@ -66,12 +66,12 @@ class MethodImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
             PluginError: the method is no criterion.
         """
         check_host()
-        self.spec = scoring_method(self.method)
+        self.spec = self._usable(self.method)
         self.options = method_options(self.spec, options)
         if self.spec.needs_data and batches is None:
             raise ConfigError(
                 f"{type(self).__name__} was given no data, expected training batches: the method '{self.spec.name}' "
-                "scores with the gradients of a loss. Pass batches=."
+                "computes a loss on them. Pass batches=."
             )
         self.model = model
         self.example_inputs = example_inputs
@@ -104,6 +104,10 @@ class MethodImportance(tp.importance.Importance):  # type: ignore[misc]  # the h
             self.skipped[root] = self._reason(root)
             return None
         return torch.stack([self._scores[torch.from_numpy(channels)].mean() for channels in behind])
+
+    @staticmethod
+    def _usable(name: str) -> MethodSpec:
+        return scoring_method(name)
 
     def _root(self, group: HostGroup) -> str:
         module: object = group[0].dep.target.module
@@ -179,26 +183,6 @@ class TaylorImportance(MethodImportance):
     method = "taylor"
 
 
-_NAMED: dict[str, type[MethodImportance]] = {
-    own.method: own for own in (L1Importance, L2Importance, FPGMImportance, RandomImportance, TaylorImportance)
-}
-
-
-def importance_for(name: str) -> type[MethodImportance]:
-    """Returns the importance class of any registered method that is a criterion.
-
-    Raises:
-        UnknownPluginError: no such method.
-        PluginError: the method decides in another way than by scores.
-    """
-    scoring_method(name)
-    if name not in _NAMED:
-        title = "".join(part.capitalize() for part in name.rpartition(":")[2].replace("-", "_").split("_"))
-        attributes: dict[str, Any] = {"method": name, "__doc__": f"Scores channels with the method '{name}'."}
-        _NAMED[name] = type(f"{title}Importance", (MethodImportance,), attributes)
-    return _NAMED[name]
-
-
 def scoring_method(name: str) -> MethodSpec:
     """Returns a registered method that is a criterion.
 
@@ -211,7 +195,8 @@ def scoring_method(name: str) -> MethodSpec:
         others = [other for other in plugins("pruners") if method_spec(other).scores is not None]
         raise PluginError(
             f"The method '{name}' has no scores, expected one that is a criterion: it decides in another way "
-            f"(training, gates, search). Use one of {', '.join(others)} here, and '{name}' through nni_prune_ext.prune."
+            f"(training, gates, search). Use one of {', '.join(others)} here, and '{name}' through importance_for or "
+            "nni_prune_ext.prune."
         )
     return spec
 

@@ -24,9 +24,12 @@ Channels (``macs``, ``params``, ``memory``, ``ratio`` targets): one score per ch
 per group come from the magnitude of all weights that hold a channel and the target; the search swaps channels of one
 group that cost the same, so the target stays met exactly. A gate of 0 or 1 sits where the channel is *read*, not behind
 the norms that write it: behind a ReLU a closed gate at the norm gets no gradient at all, so a pruned channel could
-never come back by its own merit (``gate="norms"`` shows it). Gradients are divided by their root mean square per group,
-because groups differ by orders of magnitude. After the search the channels are removed, certified, and the compact
-network is tuned.
+never come back by its own merit (``gate="norms"`` shows it). And a gradient at a gate of 1 says little about removal:
+a trained network is nearly stationary there. So in every step a tenth of the channels (``exploration``) takes a gate
+drawn from 0–1, and only these are learnt from: on average the gradient along the way from 0 to 1 is the difference that
+the channel makes (as in integrated gradients, https://arxiv.org/abs/1703.01365). Gradients are divided by their root
+mean square per group, because groups differ by orders of magnitude. After the search the channels are removed,
+certified, and the compact network is tuned.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
 from nni_prune_ext.surgery import Removal
 
-_SCORE_RATES = {"weight": 0.1, "channel": 0.01}
+_SCORE_RATES = {"weight": 0.1, "channel": 0.001}
 
 
 class LotteryJackpots(PruningMethod):
@@ -80,6 +83,8 @@ class LotteryJackpots(PruningMethod):
         self._pattern = None if options.pattern is None else Pattern.parse(options.pattern)
         self._optimizer: Optimizer | None = None
         self._searching = False
+        self._explored: tuple[Tensor, Tensor] | None = None  # which channels, and the gates of all
+        self._generator = torch.Generator()
         self._epoch = 0
         self._swaps = Swaps(0, 0)
         self._facts: dict[str, float] = {"swaps_requested": 0, "swaps_made": 0}
@@ -120,6 +125,7 @@ class LotteryJackpots(PruningMethod):
             handles = read_through(context.model, {name: partial(self._masked, name) for name in self.masks})
         else:
             self._pools = {group.name: _pools(group) for group in context.groups} if self._searching else {}
+            self._explore(context)
             gate = gate_consumers if self.options.gate == "consumers" else gate_norms
             handles = gate(context.model, context.groups, self._gates)
         for handle in handles:
@@ -136,10 +142,8 @@ class LotteryJackpots(PruningMethod):
                 "expected the loss to depend on it through the forward of the layer. Exclude layers that the loss does "
                 "not use, and those whose weight is used outside of their own forward."
             )
-        if self.options.normalise_gradients and context.unit == "channel":
-            for score in self.scores.values():
-                assert score.grad is not None
-                score.grad /= score.grad.square().mean().sqrt().clamp(min=torch.finfo(score.dtype).tiny)
+        if context.unit == "channel":
+            self._weigh_gradients()
 
     def after_step(self, context: MethodContext) -> None:
         """Moves the masks after the scores, as far as the restriction lets them."""
@@ -147,6 +151,8 @@ class LotteryJackpots(PruningMethod):
             for name in self.masks:
                 swaps = self._update(name, self._share())
                 self._swaps = Swaps(*(a + b for a, b in zip(self._swaps, swaps)))
+            if context.unit == "channel":
+                self._draw()
 
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Notes the swaps of the epoch and sets the rate of the next one."""
@@ -163,6 +169,8 @@ class LotteryJackpots(PruningMethod):
             self._facts["swaps_made"] += self._swaps.executed
             self._swaps = Swaps(0, 0)
         self._epoch = epoch + 1
+        if self._searching and context.unit == "channel":
+            self._explore(context)
         if self._optimizer is not None and phase.name != "freeze":
             for group in self._optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * self._epoch / phase.epochs))
@@ -231,6 +239,11 @@ class LotteryJackpots(PruningMethod):
                 f"The pattern {self.options.pattern} is about single weights, but channels were asked for. Expected a "
                 f"sparsity target. Ask for sparsity={self._pattern.sparsity:g}, or leave the pattern out."
             )
+        if not len(context.groups):
+            raise ConfigError(
+                f"There is no channel of {type(context.model).__name__} that may be removed, expected one group at "
+                "least. Exclude fewer layers, or mask single weights (sparsity=0.9)."
+            )
         tensors: dict[str, Tensor] = dict(context.model.named_parameters())
         importance = {group.name: group_importance(group, tensors, l1_norm) for group in context.groups}
         gone = removed_channels(context.allocate(importance).plan, context.groups)
@@ -274,7 +287,37 @@ class LotteryJackpots(PruningMethod):
 
     def _gates(self) -> Tensor:
         masks, scores = torch.cat(list(self.masks.values())), torch.cat(list(self.scores.values()))
-        return straight_through(torch.ones_like(scores), masks, scores)
+        gates = masks.to(scores)
+        if self._searching and self._explored is not None and torch.is_grad_enabled():  # no draws in measurements
+            gates = torch.where(*self._explored, gates)
+        return straight_through(torch.ones_like(scores), gates, scores)
+
+    def _explore(self, context: MethodContext) -> None:
+        """Begins the draws of an epoch, the same in every process and however the epoch was come to."""
+        self._explored = None
+        if self._searching and self.options.exploration:
+            self._generator.manual_seed(context.seed + self._epoch)
+            self._draw()
+
+    def _draw(self) -> None:
+        """Draws the channels to explore in the next step, and their gates."""
+        if not self.options.exploration:
+            return
+        count, device = sum(score.numel() for score in self.scores.values()), next(iter(self.scores.values())).device
+        draws = torch.rand((2, count), generator=self._generator).to(device)
+        self._explored = draws[0] < self.options.exploration, draws[1]
+
+    def _weigh_gradients(self) -> None:
+        """Leaves the gradients of explored channels, divided by their root mean square per group."""
+        sizes = [score.numel() for score in self.scores.values()]
+        everything = torch.ones(sum(sizes), dtype=torch.bool, device=next(iter(self.scores.values())).device)
+        explored = everything if self._explored is None else self._explored[0]
+        for score, own in zip(self.scores.values(), torch.split(explored, sizes)):
+            assert score.grad is not None
+            score.grad *= own
+            if self.options.normalise_gradients:
+                size = (score.grad.square().sum() / own.sum().clamp(min=1)).sqrt()
+                score.grad /= torch.where(size > 0, size, 1)
 
     def _plan(self, context: MethodContext) -> PruningPlan:
         return plan_from_channels(context.groups, {name: ~mask.cpu().numpy() for name, mask in self.masks.items()})
@@ -324,9 +367,9 @@ def _best_of_pattern(values: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _live_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Returns the batch norms whose statistics follow the data."""
+    """Returns the batch norms whose statistics follow the data; all where a host sets modes in its own loop only."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [norm for norm in norms if norm.track_running_stats and norm.training]
+    return [norm for norm in norms if norm.track_running_stats and (norm.training or not model.training)]
 
 
 def _share_kept(first: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:

@@ -45,7 +45,7 @@ class JackpotOptions(BaseModel):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="peak rate of the scores, cosine per epoch; none means 0.1 for weights, 0.01 for channels",
+        description="peak rate of the scores, cosine per epoch; none means 0.1 for weights, 0.001 for channels",
         json_schema_extra={"source": "0.1 in the authors' code; channels: ours", "search": [0.001, 0.3]},
     )
     score_decay: float = Field(
@@ -76,6 +76,14 @@ class JackpotOptions(BaseModel):
         default=True,
         description="divides the gradient of channel scores by its root mean square per group",
         json_schema_extra={"source": "ours; no part in single weights"},
+    )
+    exploration: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of channels whose gate is drawn from 0-1 in a step, and learnt from; 0: gates are 0 and 1",
+        json_schema_extra={"source": "ours; no part in single weights", "search": [0.02, 0.3]},
     )
     gate: Literal["consumers", "norms"] = Field(
         default="consumers",

@@ -83,7 +83,7 @@ def evaluator(model: nn.Module, most: int | None = None, **arguments: Any) -> To
 
 
 def shares(masks: Any) -> dict[str, float]:
-    return {module: float((own["weight"] == 0).double().mean()) for module, own in masks.items()}
+    return {module: float((own["weight"] == 0).double().mean()) for module, own in masks.items() if "weight" in own}
 
 
 def channels(mask: Tensor) -> list[int]:

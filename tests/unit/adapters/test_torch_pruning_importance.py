@@ -267,9 +267,14 @@ def test_scores_that_torch_pruning_would_take_in_silence_are_refused(
         importance(group_of(graph_of(model, x), model.stem[0]))
 
 
-def test_method_that_is_no_criterion_is_refused_and_the_criteria_are_named(own_method: str) -> None:
+def test_method_that_is_no_criterion_is_refused_by_the_class_of_criteria(
+    own_method: str, model: nn.Module, x: Tensor
+) -> None:
+    class Search(MethodImportance):
+        method = "strange_methods:SEARCH"
+
     with pytest.raises(PluginError, match="'strange_methods:SEARCH' has no scores.*Use one of fpgm, l1, l2"):
-        importance_for("strange_methods:SEARCH")
+        Search(model, x)
 
 
 def test_unknown_method_is_refused_with_the_nearest_name() -> None:

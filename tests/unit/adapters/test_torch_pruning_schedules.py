@@ -48,6 +48,8 @@ def test_named_function_is_the_registered_schedule(name: str) -> None:
 def test_schedulers_of_another_kind_unknown_names_and_no_steps_are_refused() -> None:
     with pytest.raises(PluginError, match="'uniform_ratio' is a ratio policy, expected a schedule"):
         schedule_for("uniform_ratio")
+    with pytest.raises(PluginError, match="'short_restriction' is a mask update rule, expected a schedule"):
+        schedule_for("short_restriction")
     with pytest.raises(UnknownPluginError, match="Did you mean 'linear'"):
         schedule_for("lineer")
     with pytest.raises(ConfigError, match="over 0 steps was asked for, expected 1 or more"):
