@@ -80,7 +80,11 @@ Std: TypeAlias = Annotated[str | None, typer.Option(help="Standard deviation per
 Method: TypeAlias = Annotated[str, typer.Option(help="A registered pruner; see `list pruners`.")]
 Targets: TypeAlias = Annotated[
     list[str],
-    typer.Option("--target", help="macs=, params=, memory= (upper bounds) or ratio= (share removed); repeatable."),
+    typer.Option(
+        "--target",
+        help="macs=, params=, memory= (upper bounds), ratio= (share removed) or sparsity= (share of weights masked); "
+        "repeatable.",
+    ),
 ]
 Options: TypeAlias = Annotated[list[str], typer.Option("--option", help="KEY=VALUE for the method; repeatable.")]
 MaxRatio: TypeAlias = Annotated[float, typer.Option(help="Largest share of a group's channels that may go.")]

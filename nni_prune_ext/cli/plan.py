@@ -11,6 +11,7 @@ from nni_prune_ext.cli import options as o
 
 if TYPE_CHECKING:
     from nni_prune_ext.pipeline import PruneResult
+    from nni_prune_ext.recipes import Origins, Recipe
     from nni_prune_ext.workbench import Prepared
 
 
@@ -49,6 +50,7 @@ def plan(
     from nni_prune_ext.workbench import prepare
 
     recipe, origins = recipe_of(context, settings, method=method, complete=False)
+    _refuse_sparsity(recipe, origins)
     if save is not None:
         check_writable(save.parent)
     prepared = prepare(recipe, origins=origins)
@@ -73,6 +75,23 @@ def plan(
         save.parent.mkdir(parents=True, exist_ok=True)
         result.plan.save(save)
         typer.echo(f"plan written to {save}", err=json)
+
+
+def _refuse_sparsity(recipe: Recipe, origins: Origins) -> None:
+    """Refuses to plan masks of single weights: a plan says which channels go.
+
+    Raises:
+        TargetError: a sparsity was asked for.
+    """
+    from nni_prune_ext.allocation import parse_targets, sparsity_of  # imported here to keep --help instant
+    from nni_prune_ext.errors import TargetError
+
+    if recipe.target and sparsity_of(parse_targets(recipe.target)) is not None:
+        with origins.named("target"):
+            raise TargetError(
+                f"The target {recipe.target[0]} masks single weights and removes no channel, so there is no plan for "
+                "it. Expected macs, params, memory or ratio. Ask for one of these, or use `nni-prune-ext prune`."
+            )
 
 
 def _show(prepared: Prepared, result: PruneResult | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from nni_prune_ext.allocation import parse_targets, sparsity_of
 from nni_prune_ext.errors import NniPruneExtError, PluginError, RecipeError
 from nni_prune_ext.methods.base import MethodSpec
 from nni_prune_ext.recipes.recipe import Recipe, all_keys, section_in
@@ -130,6 +131,13 @@ def _spec(name: str) -> MethodSpec:
 def _conflicts(recipe: Recipe, epochs: int, complete: bool) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields keys that do not fit each other, and why; ``epochs``: of the method's phases."""
     spec = _spec(recipe.method) if recipe.method else None
+    sparsity = sparsity_of(parse_targets(recipe.target)) if recipe.target else None
+    if complete and spec is not None and sparsity is not None and "weight_masks" not in spec.products:
+        yield (
+            ("target", "method"),
+            f"a sparsity masks single weights, and '{spec.name}' removes channels only. Ask for macs, params, memory "
+            "or ratio, or choose a method whose products name weight masks (`nni-prune-ext list METHOD`).",
+        )
     if recipe.model.pretrained and recipe.model.weights:
         yield ("model.pretrained", "model.weights"), "two sources of weights, expected at most one. Leave one out."
     if recipe.data is None:

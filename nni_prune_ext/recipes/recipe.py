@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from nni_prune_ext.allocation import Limits, Scope, Target
+from nni_prune_ext.allocation import Limits, Scope, parse_targets
 from nni_prune_ext.errors import TargetError
 from nni_prune_ext.training.distillation import Distillation
 from nni_prune_ext.training.settings import TrainingSettings
@@ -109,7 +109,7 @@ class Recipe(BaseModel):
     train: TrainSection | None = None
     method: str | None = Field(default=None, description="a registered pruner; without one the recipe only trains")
     options: dict[str, JsonValue] = Field(default={}, description="of the method; see `nni-prune-ext list METHOD`")
-    target: tuple[str, ...] = Field(default=(), description="`macs=`, `params=`, `memory=` or `ratio=`; one or a list")
+    target: tuple[str, ...] = Field(default=(), description="`macs=`, `params=`, `memory=`, `ratio=` or `sparsity=`")
     limits: Limits = Limits()
     scope: Scope = Field(default="global", description="`global`: one ranking; `local`: one ratio for all groups")
     training: TrainingSettings = TrainingSettings()
@@ -143,11 +143,11 @@ class Recipe(BaseModel):
     @field_validator("target")
     @classmethod
     def _check_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            try:
-                Target.parse(text)
-            except TargetError as error:
-                raise ValueError(str(error)) from error
+        try:
+            if value:
+                parse_targets(value)
+        except TargetError as error:
+            raise ValueError(str(error)) from error
         return value
 
     @property

@@ -66,6 +66,20 @@ class Origins:
         return place if place.startswith("--") else f"{name} ({place})"
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``2:4`` as text, as YAML 1.2 does; YAML 1.1 means 124 by it, minutes and seconds."""
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> object:
+    if ":" in node.value:
+        return loader.construct_scalar(node)
+    return (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
+
+
 def read_yaml(path: Path) -> tuple[dict[str, object], Origins]:
     """Reads a YAML file whose keys are unique, and the line of each.
 
@@ -74,7 +88,7 @@ def read_yaml(path: Path) -> tuple[dict[str, object], Origins]:
     """
     origins = Origins(path.name)
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"{path.name} holds no keys, expected a recipe such as 'model: resnet20'. Write one.")
@@ -104,7 +118,7 @@ def override(values: dict[str, object], origins: Origins, overrides: Sequence[st
                 f"Cannot read --set '{text}'. Expected KEY=VALUE, for example training.learning_rate=0.1."
             )
         try:
-            _set(values, path, yaml.safe_load(value))
+            _set(values, path, yaml.load(value, _Loader))
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {text}: the value is not readable as YAML. Expected for example 0.1.") from error
         except TypeError as error:

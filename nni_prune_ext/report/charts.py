@@ -75,13 +75,13 @@ def scatter(networks: Sequence[Network], *, axis: str, name: str, metric: str = 
         return as_svg(figure, name=name, description=f"{metric} over {axis}, {len(networks)} networks")
 
 
-def width_charts(widths: Sequence[WidthFacts], *, name: str) -> list[str]:
-    """Returns the share of channels that every layer keeps, in charts of at most so many layers each."""
+def width_charts(widths: Sequence[WidthFacts], *, name: str, of: str = "channels") -> list[str]:
+    """Returns the share of channels (or weights) that every layer keeps, in charts of at most so many layers each."""
     num_charts = math.ceil(len(widths) / LAYERS_PER_CHART)
     size = math.ceil(len(widths) / max(num_charts, 1))
     widths = _without_shared_prefix(widths)
     parts = [widths[start : start + size] for start in range(0, len(widths), size)] if widths else []
-    return [_width_chart(part, name=f"{name}-{number}") for number, part in enumerate(parts)]
+    return [_width_chart(part, name=f"{name}-{number}", of=of) for number, part in enumerate(parts)]
 
 
 def training_curve(epochs: Sequence[EpochFacts], *, stage: str, name: str) -> str | None:
@@ -137,7 +137,7 @@ def _without_shared_prefix(widths: Sequence[WidthFacts]) -> Sequence[WidthFacts]
     return [width.model_copy(update={"layer": ".".join(width.layer.split(".")[shared:])}) for width in widths]
 
 
-def _width_chart(widths: Sequence[WidthFacts], *, name: str) -> str:
+def _width_chart(widths: Sequence[WidthFacts], *, name: str, of: str) -> str:
     bar = 17
     with empty_figure(WIDTH, 34 + bar * len(widths)) as figure:
         axes = figure.subplots()
@@ -145,7 +145,8 @@ def _width_chart(widths: Sequence[WidthFacts], *, name: str) -> str:
             kept = width.after / width.before if width.before else 0.0
             axes.barh(row, 100, height=0.62, color=TRACK)
             axes.barh(row, 100 * kept, height=0.62, color=SERIES[0])
-            text = f"{width.before} → {width.after}"
+            counts = f"{width.before} → {width.after}"
+            text = counts if of == "channels" else number_text.share(width.after, width.before)
             axes.text(105, row, text, va="center", size=FONT, color=INK if kept < 1 else MUTED)
         axes.set_yticks(range(len(widths)), [elided(width.layer, 22) for width in widths], size=FONT)
         axes.set_ylim(len(widths) - 0.4, -0.6)
@@ -153,7 +154,7 @@ def _width_chart(widths: Sequence[WidthFacts], *, name: str) -> str:
         axes.set_xticks([0, 50, 100], ["0", "50", "100 % kept"], size=FONT)
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)
-        return as_svg(figure, name=name, description=f"Share of channels kept in {len(widths)} layers")
+        return as_svg(figure, name=name, description=f"Share of {of} kept in {len(widths)} layers")
 
 
 def _mark_phases(panels: Sequence[Axes], epochs: Sequence[EpochFacts]) -> None:

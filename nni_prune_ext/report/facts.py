@@ -86,7 +86,7 @@ class LatencyFacts(_Facts):
 
 
 class WidthFacts(_Facts):
-    """Output channels of one prunable layer."""
+    """Output channels of one prunable layer, or single weights of a masked one."""
 
     layer: str
     before: int = Field(ge=0)
@@ -117,7 +117,8 @@ class RunReport(_Facts):
 
     Attributes:
         rows: one per network; the first is the dense one.
-        widths: every prunable layer, in model order.
+        widths: output channels of every prunable layer, in model order.
+        masked: single weights of every layer whose weights are masked.
         curves: finished epochs by stage, for example ``l1`` and ``dense-trained-longer``.
         notes: numbers that the method logged, each with its ``progress`` (0–1).
         metric: what the accuracy columns hold, as ``module:function``; ``None`` for top-1 accuracy.
@@ -143,6 +144,7 @@ class RunReport(_Facts):
     environment: dict[str, object] = {}
     latency: LatencyFacts | None = None
     widths: tuple[WidthFacts, ...] = ()
+    masked: tuple[WidthFacts, ...] = ()
     protected: tuple[ProtectedFacts, ...] = ()
     rewrites: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()

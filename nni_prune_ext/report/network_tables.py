@@ -11,7 +11,7 @@ from nni_prune_ext.report.facts import LatencyRowFacts, RunReport
 from nni_prune_ext.report.page_parts import Cell, Column, Group, Table, cell, words
 from nni_prune_ext.report.rows import Row
 from nni_prune_ext.report.run_names import run_names
-from nni_prune_ext.report.verdicts import distance, is_met, target_name, target_number
+from nni_prune_ext.report.verdicts import SHARES, distance, is_met, target_name, target_number
 
 _Value: TypeAlias = Callable[[RunReport, Row], float | None]
 _Text: TypeAlias = Callable[[RunReport], Callable[[float], str]]
@@ -72,10 +72,16 @@ def before_after(reports: Sequence[RunReport]) -> list[Table]:
     """Returns cost and result, then everything else, over all networks of all runs."""
     note = "“left” and “× dense” refer to the dense network of the same run."
     first = _network_table("Before and after", reports, _RESULT, note)
-    second = _network_table("Recovery and checks", reports, _FURTHER, "")
+    cut = "“after the cut” is before recovery; what the method trains itself has happened by then."
+    second = _network_table("Recovery and checks", reports, _FURTHER, cut if _trained_inside(reports) else "")
     if len(second.columns) == 1:
         return [replace(first, note=f"{first.note} {second.note}")]
     return [first, second]
+
+
+def _trained_inside(reports: Sequence[RunReport]) -> bool:
+    """Says whether a method had epochs of its own, before recovery."""
+    return any(epoch.phase != "recovery" for report in reports for epoch in report.curves.get(report.method or "", ()))
 
 
 def _network_table(caption: str, reports: Sequence[RunReport], quantities: Sequence[_Quantity], note: str) -> Table:
@@ -135,7 +141,7 @@ def _target_cells(report: RunReport) -> list[list[Cell]]:
             Cell(target_number(target, target.asked)),
             Cell(target_number(target, target.achieved)),
             Cell(distance(target)),
-            Cell(target_number(target, target.dense if target.metric != "ratio" else 0.0)),
+            Cell(target_number(target, 0.0 if target.metric in SHARES else target.dense)),
         ]
         for target in report.targets
     ]

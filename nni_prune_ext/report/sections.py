@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from nni_prune_ext.report import charts, number_text
 from nni_prune_ext.report.accuracy_charts import accuracy_section
-from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport
+from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport, WidthFacts
 from nni_prune_ext.report.network_tables import before_after, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
 from nni_prune_ext.report.verdicts import nothing_cut
@@ -37,6 +38,8 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
         yield Section("Before and after", tables=before_after([report]), marks=True)
         yield accuracy_section([report])
     yield _latency(report)
+    if report.masked:
+        yield _masks(report, name)
     yield _widths(report, name)
     yield _curves(report, name)
     if report.notes:
@@ -81,18 +84,33 @@ def _widths(report: RunReport, name: str) -> Section:
         return Section("Layer widths", ["The widths of the layers were not recorded."])
     before, after = sum(width.before for width in report.widths), sum(width.after for width in report.widths)
     changed = sum(width.after < width.before for width in report.widths)
+    lead = f"{changed} of {len(report.widths)} prunable layers are narrower; {after:,} of {before:,} channels are left."
+    shown = []
+    if changed:
+        lead += " Bars show the share of channels that a layer keeps, numbers its channels before → after."
+        shown = [Chart(svg) for svg in charts.width_charts(report.widths, name=f"{name}-widths")]
+    table = _before_after("Widths of all prunable layers", report.widths)
+    return Section("Layer widths", [lead], shown, [table], beside=True)
+
+
+def _masks(report: RunReport, name: str) -> Section:
+    before, after = sum(layer.before for layer in report.masked), sum(layer.after for layer in report.masked)
     lead = (
-        f"{changed} of {len(report.widths)} prunable layers are narrower; {after:,} of {before:,} channels are left. "
-        "Bars show the share of channels that a layer keeps, numbers its channels before → after."
+        f"{after:,} of {before:,} weights in {_some(len(report.masked), 'masked layer')} are left, the others are 0. "
+        "Shapes stay, so this saves neither MACs nor time on ONNX Runtime; a file of zeros compresses well."
     )
-    shown = [Chart(svg) for svg in charts.width_charts(report.widths, name=f"{name}-widths")]
+    shown = [Chart(svg) for svg in charts.width_charts(report.masked, name=f"{name}-masks", of="weights")]
+    table = _before_after("Weights of all masked layers", report.masked)
+    return Section("Weights kept", [lead], shown, [table], beside=True)
+
+
+def _before_after(caption: str, layers: Sequence[WidthFacts]) -> Table:
     columns = [Column("layer", numeric=False), Column("before"), Column("after"), Column("kept")]
     rows = [
-        [Cell(w.layer), Cell(str(w.before)), Cell(str(w.after)), Cell(number_text.share(w.after, w.before))]
-        for w in report.widths
+        [Cell(w.layer), Cell(f"{w.before:,}"), Cell(f"{w.after:,}"), Cell(number_text.share(w.after, w.before))]
+        for w in layers
     ]
-    table = Table("Widths of all prunable layers", columns, [Group(rows)], folded=True)
-    return Section("Layer widths", [lead], shown, [table], beside=True)
+    return Table(caption, columns, [Group(rows)], folded=True)
 
 
 def _curves(report: RunReport, name: str) -> Section:
@@ -111,7 +129,31 @@ def _curves(report: RunReport, name: str) -> Section:
     columns = [Column("stage", numeric=False), Column("phase", numeric=False)]
     columns += [Column(heading) for heading in ("epoch", "loss", "validation metric", "learning rate", "time")]
     rows = [_epoch_cells(stage, epoch) for stage, epochs in report.curves.items() for epoch in epochs]
-    return Section("Training", missing, shown, [Table("All epochs", columns, [Group(rows)], folded=True)], beside=True)
+    every = Table("All epochs", columns, [Group(rows)], folded=True)
+    return Section("Training", missing, shown, [*_phases(report.curves), every], beside=True)
+
+
+def _phases(curves: Mapping[str, Sequence[EpochFacts]]) -> list[Table]:
+    """Returns how every phase ended, for the stages that have several."""
+    parts = {
+        stage: [list(group) for _, group in groupby(epochs, key=lambda epoch: epoch.phase)]
+        for stage, epochs in curves.items()
+    }
+    columns = [Column("stage", numeric=False), Column("phase", numeric=False), Column("epochs")]
+    columns += [Column(heading) for heading in ("loss at its end", "validation metric at its end")]
+    rows = [
+        [
+            Cell(stage),
+            words(phase[-1].phase),
+            Cell(str(len(phase))),
+            cell(phase[-1].loss, "{:.4f}".format),
+            cell(phase[-1].metric, "{:.4f}".format),
+        ]
+        for stage, phases in parts.items()
+        if len(phases) > 1
+        for phase in phases
+    ]
+    return [Table("Phases", columns, [Group(rows)])] if rows else []
 
 
 def _stage(stage: str, epochs: Sequence[EpochFacts]) -> str:

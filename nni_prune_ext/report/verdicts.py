@@ -14,7 +14,10 @@ _METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "params": ("Parameters", number_text.count),
     "memory": ("Weights", number_text.size),
     "ratio": ("Share of channels removed", number_text.percent),
+    "sparsity": ("Share of weights masked", number_text.percent),
 }
+SHARES = ("ratio", "sparsity")
+"""Metrics that say how much goes: lower bounds, counted in points, without a value for the dense network."""
 
 
 def verdicts(report: RunReport) -> list[Verdict]:
@@ -48,7 +51,7 @@ def distance(target: TargetFacts) -> str:
     if gap == 0:
         return "exactly as asked"
     side = "above" if gap > 0 else "below"
-    if target.metric == "ratio":
+    if target.metric in SHARES:
         return f"{100 * abs(gap):.2g} points {side}"
     relative = f" ({_two_digits(100 * abs(gap) / target.asked)} %)" if target.asked else ""
     return f"{target_number(target, abs(gap))}{relative} {side}"
@@ -57,7 +60,7 @@ def distance(target: TargetFacts) -> str:
 def target_verdict(target: TargetFacts) -> Verdict:
     """Returns asked, achieved and the verdict of one target as a sentence."""
     name, met = target_name(target), is_met(target)
-    bound = "at least" if target.metric == "ratio" else "at most"
+    bound = "at least" if target.metric in SHARES else "at most"
     asked = f"asked for {bound} {target_number(target, target.asked)} ({target.target})"
     if target.achieved is None:
         return Verdict("missing", f"{name}: {asked}; what was achieved was not measured.")
@@ -114,6 +117,7 @@ def key_figures(report: RunReport) -> list[Figure]:
     return [
         _cost("MACs left", row.macs, dense.macs, number_text.count),
         _cost("Parameters left", row.params, dense.params, number_text.count),
+        *([] if row.weight_sparsity is None else [_masked(row.weight_sparsity)]),
         _accuracy(report, row),
         _latency(row, dense),
         _cost("ONNX file", row.onnx_bytes, dense.onnx_bytes, number_text.size),
@@ -124,6 +128,10 @@ def _cost(label: str, after: float | None, before: float | None, text: Callable[
     if after is None or before is None:
         return Figure(label, "–", "not measured")
     return Figure(label, number_text.share(after, before), f"{text(after)} of {text(before)}")
+
+
+def _masked(share: float) -> Figure:
+    return Figure("Weights at zero", f"{100 * share:.1f} %", "of the parameters left")
 
 
 def _accuracy(report: RunReport, row: Row) -> Figure:

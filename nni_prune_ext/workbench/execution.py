@@ -14,7 +14,7 @@ from torch import nn
 
 from nni_prune_ext.checkpoints import Checkpoints, Json
 from nni_prune_ext.deployment import Measurement, Variant, compare_variants
-from nni_prune_ext.errors import CheckpointError
+from nni_prune_ext.errors import CheckpointError, NniPruneExtError
 from nni_prune_ext.evaluation import latency_caption
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.pipeline import PruneResult, prune
@@ -28,7 +28,7 @@ from nni_prune_ext.training.processes import (
     wait_for_everyone,
     wait_for_main,
 )
-from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints
+from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints, remove_empty_claim
 from nni_prune_ext.workbench.identity import base_identity, control_identity, run_identity
 from nni_prune_ext.workbench.preparation import Prepared, planned_epochs, prepare, wants_control
 from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT, run_facts, target_sentences, write_run
@@ -143,7 +143,12 @@ def _executed(prepared: Prepared, out: Path, watcher: Watcher, *, resume: bool, 
     checkpoints = Checkpoints(out / CHECKPOINTS, base, tell=watcher.note)
     if is_main() and (recipe.train or planned_epochs(recipe)):
         checkpoints.claim()
-    networks = _train_and_prune(prepared, checkpoints, watcher)
+    try:
+        networks = _train_and_prune(prepared, checkpoints, watcher)
+    except NniPruneExtError:
+        if is_main():
+            remove_empty_claim(checkpoints.folder)
+        raise
     done = _delivered(prepared, networks, whole, out, watcher) if is_main() else RunResult(out)
     if is_main() and not recipe.keep_checkpoints:
         remove_checkpoints(out / CHECKPOINTS)

@@ -133,6 +133,12 @@ def remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
+def remove_empty_claim(folder: Path) -> None:
+    """Removes the checkpoints of a run that failed before anything was saved, so that a corrected one may begin."""
+    if all(path.name == _CHECKPOINT_FILES[0] for path in folder.rglob("*") if path.is_file()):
+        remove_checkpoints(folder)
+
+
 def _holds_checkpoints(folder: Path) -> bool:
     return any(path.is_file() and _is_of_checkpoint(path) for path in folder.rglob("*"))
 

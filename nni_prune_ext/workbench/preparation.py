@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nni_prune_ext.allocation import CostModel, Limits, check_feasible, parse_targets
+from nni_prune_ext.allocation import CostModel, Limits, check_feasible, parse_targets, sparsity_of
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import Costs, count_costs
 from nni_prune_ext.data.batches import split_batches
@@ -117,7 +117,8 @@ def prepare(recipe: Recipe, *, origins: Origins | None = None) -> Prepared:
             recipe.limits.check(groups)
         with origins.named("target"):
             targets = parse_targets(recipe.target) if recipe.target else ()
-            reachable = check_feasible(CostModel.of(job.model, groups, dense), targets, recipe.limits)
+            bounds = [target for target in targets if target.metric != "sparsity"]  # every sparsity can be reached
+            reachable = check_feasible(CostModel.of(job.model, groups, dense), bounds, recipe.limits)
     prepared = Prepared(recipe, job, loss, metric, dense, groups, reachable)
     _try_on_data(prepared, origins)
     return prepared
@@ -229,8 +230,9 @@ def work_to_do(prepared: Prepared) -> list[str]:
         lines.append(f"base training: {_work(recipe.train.epochs, amount)}")
         epochs += recipe.train.epochs
     if recipe.method:
-        reach = prepared.reachable["macs"] / max(prepared.dense.macs, 1)
-        lines.append(f"method {recipe.method} to {', '.join(recipe.target)}; reachable: {reach:.3f} of the MACs")
+        reach = f"; reachable: {prepared.reachable['macs'] / max(prepared.dense.macs, 1):.3f} of the MACs"
+        masked = sparsity_of(parse_targets(recipe.target)) is not None
+        lines.append(f"method {recipe.method} to {', '.join(recipe.target)}{'' if masked else reach}")
         steps = planned_epochs(recipe)
         parts = {"training between the method's steps": steps - recipe.recovery_epochs}
         parts["recovery"] = recipe.recovery_epochs

@@ -51,6 +51,7 @@ def run_facts(
     if result is not None:
         own = {key: value for key, value in result_facts(result).items() if key != "epochs"}  # they are in the curves
         facts.update(own, widths=_widths(networks[0], result), notes=[dict(note) for note in result.notes])
+        facts.update(masked=_masked(result))
     return facts
 
 
@@ -76,6 +77,15 @@ def target_sentences(report: RunReport) -> tuple[str, ...]:
         distance = "" if target.met is not False else f": missed by {abs(achieved - asked):,.6g}"
         sentences.append(f"target {target.target}: asked {asked:,.6g}, achieved {achieved:,.6g}{distance}")
     return tuple(sentences)
+
+
+def _masked(result: PruneResult) -> list[dict[str, object]]:
+    """Returns how many single weights of every masked layer there are, and how many are kept."""
+    masks = result.outcome.weight_masks or {}
+    return [
+        {"layer": name.removesuffix(".weight"), "before": mask.numel(), "after": int(mask.sum())}
+        for name, mask in masks.items()
+    ]
 
 
 def _widths(dense: Variant, result: PruneResult) -> list[dict[str, object]]:

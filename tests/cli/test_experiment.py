@@ -18,6 +18,7 @@ from nni_prune_ext.adapters.nni_experiment_processes import end_processes, free_
 from nni_prune_ext.cli.experiment import read_tuned
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.experiments import ExperimentResult, Trial
+from nni_prune_ext.registry import plugins
 
 RECIPE = """\
 model: tiny_for_search:build
@@ -190,7 +191,7 @@ def test_a_manager_that_outlives_the_command_is_taken_over(folder) -> None:
     assert tried == sorted(on_record(next((folder / "out" / "nni").glob("npe-*"))))
 
 
-def test_the_example_searches_methods_and_targets_and_its_portal_answers(tmp_path) -> None:
+def test_the_example_searches_all_methods_rebuilds_the_best_and_its_portal_answers(tmp_path) -> None:
     program = Path(__file__).resolve().parents[2] / "examples" / "nni_experiment.py"
     environment = {**os.environ, "HOME": str(tmp_path), "NNI_CONFIG_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
@@ -202,9 +203,12 @@ def test_the_example_searches_methods_and_targets_and_its_portal_answers(tmp_pat
     assert 0 == done.returncode, done.stderr
     assert "the web portal answers with 200" in done.stdout
     assert "trials, best first" in done.stdout
-    trials = experiments.read_experiment(tmp_path / "out").trials
-    assert 4 == len({(one.parameters["method"]["_name"], one.parameters["target"]) for one in trials})
+    result = experiments.read_experiment(tmp_path / "out")
+    trials = result.trials
+    assert sorted(plugins("pruners")) == sorted(one.parameters["method"]["_name"] for one in trials)
     assert {"SUCCEEDED"} == {one.status for one in trials}
+    assert result.best is not None
+    assert f"rebuilt: validation {result.best.metrics['metric']:.4f}" in done.stdout, "from its artefact alone"
 
 
 def on_record(experiment: Path) -> list[tuple[str, str]]:

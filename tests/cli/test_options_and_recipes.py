@@ -10,7 +10,7 @@ from nni_prune_ext.cli import app
 from nni_prune_ext.cli.job import recipe_of
 from nni_prune_ext.cli.options import NOT_IN_RECIPES, RECIPE_KEYS
 from nni_prune_ext.errors import NniPruneExtError
-from nni_prune_ext.recipes import Recipe, all_keys
+from nni_prune_ext.recipes import Recipe, all_keys, load_recipe
 from nni_prune_ext.recipes.recipe import section_in
 
 VERBS = typer.main.get_command(app).commands
@@ -144,3 +144,15 @@ def test_a_mistake_names_the_option(words):
         read(*words.split(" "))
 
     assert str(caught.value).startswith(MISTAKES[words])
+
+
+def test_a_pattern_in_a_recipe_is_text_and_not_minutes_and_seconds(tmp_path):
+    text = "model: resnet20\nmethod: lottery_jackpots\ntarget: sparsity=0.5\ndata: digits\noptions: {pattern: 2:4}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+
+    assert "2:4" == recipe.options["pattern"]
+    assert recipe == load_recipe(tmp_path / "again.yaml")
+    assert "1:4" == load_recipe(tmp_path / "recipe.yaml", ["options.pattern=1:4"]).options["pattern"]

@@ -108,3 +108,31 @@ def test_torch_pruning_takes_our_criterion(tmp_path: Path) -> None:
 
     assert 0 == result.returncode, result.stderr
     assert "exact" in result.stdout
+
+
+def test_the_mask_search_is_shown_beside_its_controls(tmp_path: Path) -> None:
+    result = run_in_folder(tmp_path, str(ROOT / "examples" / "jackpots.py"), "--smoke", "--controls")
+
+    assert 0 == result.returncode, result.stderr
+    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}
+    searched = ["search", "magnitude", "random-start", "unrestricted"]
+    assert ["dense", "dense-trained-longer", *searched] == list(rows)
+    plans = [json.loads((tmp_path / "jackpots_output" / name / "plan.json").read_text()) for name in searched]
+    assert 1 == len({tuple(sorted((root, len(gone)) for root, gone in plan["removed"].items())) for plan in plans})
+    search, magnitude, random_start, _ = (json.dumps(plan["removed"], sort_keys=True) for plan in plans)
+    assert 3 == len({search, magnitude, random_start}), "the same counts, but other channels"
+    assert (tmp_path / "jackpots_output" / "search" / "model.onnx").is_file()
+
+
+def test_single_weights_are_searched_as_well(tmp_path: Path) -> None:
+    result = run_in_folder(tmp_path, str(ROOT / "examples" / "jackpots.py"), "--smoke", "--unstructured")
+
+    assert 0 == result.returncode, result.stderr
+    assert "resnet20 on digits, sparsity=0.9" in result.stdout
+    assert (tmp_path / "jackpots_output" / "search" / "masks.safetensors").is_file()
+
+
+def test_the_mask_search_runs_in_an_nni_script(tmp_path: Path) -> None:
+    result = run_in_folder(tmp_path, str(ROOT / "examples" / "nni_jackpots.py"), "--smoke")
+
+    assert 0 == result.returncode, result.stderr

@@ -10,6 +10,7 @@ from markdown_blocks import ROOT
 from pydantic import BaseModel
 
 from nni_prune_ext import Distillation, ParameterGroup, TrainingSettings
+from nni_prune_ext.methods.lottery_jackpots_options import JackpotOptions
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[BaseModel]], dict[st
     return lambda model: {name.strip("`"): rest for name, *rest in field_rows(model)}
 
 
-@pytest.mark.parametrize("model", [TrainingSettings, ParameterGroup, Distillation])
+@pytest.mark.parametrize("model", [TrainingSettings, ParameterGroup, Distillation, JackpotOptions])
 def test_every_field_is_there_and_says_what_it_means(model, rows) -> None:
     table = rows(model)
 

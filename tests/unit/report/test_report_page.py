@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -316,3 +317,70 @@ def test_reports_are_read_without_loading_what_only_drawing_needs():
 def test_no_report_is_refused():
     with pytest.raises(ArtefactError, match="0 reports, expected at least one"):
         page([])
+
+
+MASKED = [{"layer": "conv1", "before": 432, "after": 216}, {"layer": "layer1.0.conv1", "before": 2304, "after": 58}]
+
+
+def sparse() -> dict[str, object]:
+    """Returns the report of a run that masked single weights: every network has the costs of the dense one."""
+    report = sample(method="jackpots")
+    dense, _, pruned = report["rows"]
+    pruned.update(macs=dense["macs"], params=dense["params"], weight_sparsity=0.9, certificate=None)
+    target = {"target": "sparsity=0.9", "dense": 0.0, "asked": 0.9, "achieved": 0.9001, "met": True}
+    return {**report, "targets": [target], "masked": MASKED, "certificate": None}
+
+
+def test_masked_weights_are_a_share_with_a_bound_in_points():
+    text = parsed(sparse()).text
+
+    assert "Share of weights masked: target met. Asked for at least 90.00 % (sparsity=0.9), achieved 90.01 %" in text
+    assert "0.01 points above" in text
+    assert "Weights at zero" in text
+
+
+def test_a_missed_sparsity_is_a_distance_in_points():
+    report = sparse()
+    report["targets"][0].update(achieved=0.85, met=False)
+
+    text = parsed(report).text
+
+    assert "Share of weights masked: target MISSED, 5 points below the bound" in text
+
+
+def test_every_masked_layer_shows_what_it_keeps():
+    text = parsed(sparse()).text
+
+    assert "274 of 2,736 weights in 2 masked layers are left" in text
+    assert "conv143221650.0%layer1.0.conv12,304582.5%" in "".join(text.split())
+    assert "Weights kept" not in parsed(sample()).text
+
+
+def test_every_phase_shows_how_it_ended():
+    report = sample(method="jackpots")
+    report["curves"]["jackpots"] = [
+        {"phase": phase, "epoch": epoch, "loss": loss, "metric": metric}
+        for phase, epoch, loss, metric in (
+            ("search", 0, 0.91, 0.2501),
+            ("search", 1, 0.81, 0.3502),
+            ("freeze", 0, 0.71, 0.7503),
+            ("tune", 0, 0.61, 0.8504),
+        )
+    ]
+
+    text = parsed(report).text
+    phases = text.split("Phases", 1)[1].split("All epochs")[0]
+
+    ends = ["0.8100", "0.3502", "0.7100", "0.7503", "0.6100", "0.8504"]
+    assert ends == re.findall(r"0\.\d{4}", phases)
+    assert "what the method trains itself has happened by then" in text
+
+
+def test_a_stage_with_one_phase_has_no_table_of_phases():
+    report = sample(method="jackpots")
+    report["curves"] = {"jackpots": [{"phase": "recovery", "epoch": n, "loss": 1.0 / (n + 1)} for n in range(3)]}
+
+    text = parsed(report).text
+
+    assert "loss at its end" not in text
+    assert "what the method trains itself" not in text
