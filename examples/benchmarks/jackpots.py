@@ -33,7 +33,16 @@ from nni_prune_ext.mask_updates import best
 from nni_prune_ext.methods.lottery_jackpots import LotteryJackpots
 from nni_prune_ext.methods.lottery_jackpots_options import JackpotOptions
 from nni_prune_ext.text_files import write_text
-from nni_prune_ext.training import EpochLog, MethodRun, TrainingSettings, Watcher, drive, fit, recalibrate_batchnorm
+from nni_prune_ext.training import (
+    Batches,
+    EpochLog,
+    MethodRun,
+    TrainingSettings,
+    Watcher,
+    drive,
+    fit,
+    recalibrate_batchnorm,
+)
 
 HERE = Path(__file__).resolve().parent
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -41,11 +50,12 @@ ARMS: Mapping[str, Mapping[str, object]] = {
     "recalibrated": {"control": "recalibrated"},
     "tuned": {"control": "tuned"},
     "search": {},
+    "short_search": {"search_epochs": 2},
     "unrestricted": {"control": "unrestricted"},
     "cosine": {"restriction": "cosine"},
     "random_start": {"control": "random_start"},
 }
-"""Arm → options of the method; the arm ``dense`` prunes nothing."""
+"""Arm → options of the method; the arm ``dense`` prunes nothing. What a short search saves is tuned longer."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +102,12 @@ LEVERS = tuple(
     ]
 )  # fmt: skip
 PLANS: Mapping[str, Plan] = {
+    "dense": Plan("resnet20", 5, 2, crossed(["none"], ["dense"], 3), limit=12_000),
     "levers": Plan("resnet20", 5, 0, LEVERS, limit=12_000),
     "weights": Plan(
         "resnet20", 5, 2,
         (
-            *crossed(["sparsity=0.9"], ["dense", *ALL], 2),
+            *crossed(["sparsity=0.9"], ALL, 2),
             *crossed(["sparsity=0.8"], ["recalibrated", "tuned", "search"], 2),
         ),
         limit=12_000,
@@ -106,25 +117,25 @@ PLANS: Mapping[str, Plan] = {
         (
             *crossed(["macs=0.5", "macs=0.7"], ["search", "recalibrated", "tuned"], 3),
             *crossed(["macs=0.5"], ["unrestricted", "random_start"], 2),
-            *crossed(["macs=0.5"], ["dense"], 3),
+            *crossed(["macs=0.5"], ["short_search"], 3),
         ),
         limit=12_000,
     ),
     "weights-full": Plan(
         "resnet32", 30, 10,
-        (*crossed(["dense"], ["dense"], 3), *crossed(["sparsity=0.9", "sparsity=0.95"], [*ALL, "cosine"], 3)), 256,
+        (*crossed(["none"], ["dense"], 3), *crossed(["sparsity=0.9", "sparsity=0.95"], [*ALL, "cosine"], 3)), 256,
     ),
     "weights-vgg19-full": Plan(
         "vgg19_bn", 30, 10,
-        (*crossed(["dense"], ["dense"], 3), *crossed(["sparsity=0.9", "sparsity=0.95"], [*ALL, "cosine"], 3)), 256,
+        (*crossed(["none"], ["dense"], 3), *crossed(["sparsity=0.9", "sparsity=0.95"], [*ALL, "cosine"], 3)), 256,
     ),
     "channels-full": Plan(
         "resnet56", 30, 10,
-        (*crossed(["dense"], ["dense"], 3), *crossed(["macs=0.7", "macs=0.5"], [*ALL, "cosine"], 3)),
+        (*crossed(["none"], ["dense"], 3), *crossed(["macs=0.7", "macs=0.5"], [*ALL, "cosine"], 3)),
     ),
     "imagenet": Plan(
         "torchvision:resnet50", 5, 10,
-        (*crossed(["dense"], ["dense"], 1), *crossed(["sparsity=0.9"], ["recalibrated", "tuned", "search"], 1)), 256,
+        (*crossed(["none"], ["dense"], 1), *crossed(["sparsity=0.9"], ["recalibrated", "tuned", "search"], 1)), 256,
     ),
 }  # fmt: skip
 
@@ -159,20 +170,65 @@ def run_plan(options: argparse.Namespace, out: Path) -> None:
         print(cell.key, {k: row.get(k) for k in ("S_val", "S_test", "T_val", "T_test", "seconds")}, flush=True)
 
 
+class MemoryData:
+    """Images that fit into memory, from any source of the package."""
+
+    def __init__(self, options: argparse.Namespace, plan: Plan) -> None:
+        self.source = npe.open_data(options.data, limit=plan.limit, **IMAGENET)
+        self.num_classes, self.input_shape = self.source.num_classes, self.source.input_shape
+        self.batch, self.device = plan.batch, options.device
+        self.held_out = [npe.split_batches(self.source, split, 500, device=self.device) for split in ("val", "test")]
+
+    def train(self, seed: int) -> Batches:
+        """Returns shuffled, varied training batches."""
+        return npe.split_batches(self.source, "train", self.batch, seed=seed, device=self.device)
+
+
+class FolderData:
+    """Images read from ``ROOT/train`` and ``ROOT/val`` while they are needed, 224 pixels wide, by worker processes.
+
+    ``val`` is the test split; 1 % of the training images, unvaried, are the validation split.
+    """
+
+    def __init__(self, options: argparse.Namespace, plan: Plan) -> None:
+        from torchvision import datasets, transforms
+
+        root = Path(options.data.removeprefix("folder:"))
+        end = [transforms.ToTensor(), transforms.Normalize(*IMAGENET.values())]
+        varied = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *end]
+        plain = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *end])
+        self.images = datasets.ImageFolder(root / "train", transforms.Compose(varied))
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = max(len(order) // 100, 1)
+        self.chosen, self.num_classes, self.input_shape = order[cut:], len(self.images.classes), (3, 224, 224)
+        self.batch, self.workers = plan.batch, options.workers
+        same = torch.utils.data.Subset(datasets.ImageFolder(root / "train", plain), order[:cut])
+        self.held_out = [self._loader(part) for part in (same, datasets.ImageFolder(root / "val", plain))]
+
+    def train(self, seed: int) -> Batches:
+        """Returns shuffled, varied training batches."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.utils.data.Subset(self.images, self.chosen)
+        return self._loader(chosen, shuffle=True, generator=generator, drop_last=len(chosen) > self.batch)
+
+    def _loader(self, images: torch.utils.data.Dataset, **how: object) -> Batches:
+        return torch.utils.data.DataLoader(images, self.batch, num_workers=self.workers, pin_memory=True, **how)
+
+
 class Bench:
     """The network, the data, and how a cell is run."""
 
     def __init__(self, plan: Plan, options: argparse.Namespace) -> None:
         self.plan, self.options = plan, options
-        source = npe.open_data(options.data, limit=plan.limit, **IMAGENET)
+        self.data = FolderData(options, plan) if options.data.startswith("folder:") else MemoryData(options, plan)
         device = torch.device(options.device)
-        self.source, self.device = source, device
+        self.device = device
         dense = npe.build_model(
-            plan.model, num_classes=source.num_classes, in_channels=3, weights=Path(options.weights)
+            plan.model, num_classes=self.data.num_classes, in_channels=3, weights=Path(options.weights)
         )
         self.dense = dense.to(device)
-        self.example = torch.zeros(1, *source.input_shape, device=device)
-        self.val, self.test = (npe.split_batches(source, split, 500, device=device) for split in ("val", "test"))
+        self.example = torch.zeros(1, *self.data.input_shape, device=device)
+        self.val, self.test = self.data.held_out
         self.groups = verify_groups(dense, self.example, npe.trace_channel_groups(dense, self.example))
         self.settings = TrainingSettings(
             learning_rate=0.01, weight_decay=0.0, precision="bf16", channels_last=True, select_best=False
@@ -181,7 +237,7 @@ class Bench:
     def run(self, cell: Cell) -> dict:
         """Returns accuracies of (S) and (T), the epochs, and what is known about the masks."""
         began = time.perf_counter()
-        train = npe.split_batches(self.source, "train", self.plan.batch, seed=cell.seed, device=self.device)
+        train = self.data.train(cell.seed)
         total = self.plan.search + self.plan.tune
         if cell.arm == "dense":
             model = copy.deepcopy(self.dense)
@@ -191,7 +247,7 @@ class Bench:
                 checkpoints=self._checkpoints(cell), seed=cell.seed,
             )  # fmt: skip
             return {**start, **self._accuracies(model, "T"), "epochs": [vars(log) for log in logs], **since(began)}
-        tunes = cell.arm in ("search", "tuned") and total > 0
+        tunes = cell.arm in ("search", "short_search", "tuned") and self.plan.tune > 0
         epochs = {"search_epochs": self.plan.search, "tune_epochs": 0, "freeze_epochs": 1}
         searched = "recalibrated" if cell.arm == "tuned" else ARMS[cell.arm].get("control", "none")
         chosen = {**epochs, **ARMS[cell.arm], **cell.options, "control": searched}
@@ -223,17 +279,17 @@ class Bench:
             row["overlap"] = self.overlaps(masks, train, cell.seed)
         if tunes:
             logs = fit(
-                model, train, epochs=total if cell.arm == "tuned" else self.plan.tune, settings=self.settings,
+                model, train, epochs=total - method.options.search_epochs, settings=self.settings,
                 weight_masks=masks, watcher=Told(f"{cell.key} tune"), seed=cell.seed, name="tune",
             )  # fmt: skip
             row |= {**self._accuracies(model, "T"), "tune_epochs": [vars(log) for log in logs]}
         return {**row, **since(began)}
 
-    def overlaps(self, masks: Mapping[str, Tensor], train: npe.BatchLoader, seed: int) -> dict:
+    def overlaps(self, masks: Mapping[str, Tensor], train: Batches, seed: int) -> dict:
         """Returns, per layer, the overlap (IoU) of masks with those of magnitude, SNIP and chance at equal counts."""
         model = copy.deepcopy(self.dense).train()
         for images, labels in itertools.islice(train, 8):
-            functional.cross_entropy(model(images), labels).backward()
+            functional.cross_entropy(model(images.to(self.device)), labels.to(self.device)).backward()
         weights = dict(model.named_parameters())
         generator, found = torch.Generator().manual_seed(seed), {}
         for name, mask in masks.items():
@@ -248,7 +304,7 @@ class Bench:
             found[name] |= {"chance": density / (2 - density), "density": density}
         return found
 
-    def _accuracy_of_start(self, method: LotteryJackpots, run: MethodRun, train: npe.BatchLoader) -> float | None:
+    def _accuracy_of_start(self, method: LotteryJackpots, run: MethodRun, train: Batches) -> float | None:
         """Returns the validation accuracy of the first mask: epoch 0 of the curve."""
         fresh = LotteryJackpots(method.options.model_copy(update={"search_epochs": 0, "freeze_epochs": 0}))
         probe = MethodRun(
@@ -262,7 +318,7 @@ class Bench:
         silence(model, outcome.weight_masks or {})
         return self._recalibrated_accuracy(model, train)
 
-    def _recalibrated_accuracy(self, model: nn.Module, train: npe.BatchLoader) -> float:
+    def _recalibrated_accuracy(self, model: nn.Module, train: Batches) -> float:
         """Returns the validation accuracy with statistics of 20 batches; the model is left as it was."""
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         recalibrate_batchnorm(model, train, count=20)
@@ -429,7 +485,8 @@ def table(rows: list[dict]) -> Iterator[str]:
     yield "\nDifferences of the same seed, points of test accuracy, mean ± standard deviation:\n"
     for target in dict.fromkeys(target for target, arm in kept if arm != "dense"):
         pairs = [("search", "S", "recalibrated", "S"), ("search", "S", "random_start", "S"),
-                 ("search", "S", "unrestricted", "S"), ("search", "T", "tuned", "T")]  # fmt: skip
+                 ("search", "S", "unrestricted", "S"), ("search", "T", "tuned", "T"),
+                 ("short_search", "T", "tuned", "T"), ("short_search", "S", "recalibrated", "S")]  # fmt: skip
         for arm, kind, other, other_kind in pairs:
             first, second = kept.get((target, arm), {}), kept.get((target, other), {})
             gaps = [
@@ -508,11 +565,12 @@ class Told(Watcher):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", choices=sorted(PLANS), default="weights")
-    parser.add_argument("--data", default="cifar10:cifar10", help="cifar10:ROOT or imagefolder:PATH")
+    parser.add_argument("--data", default="cifar10:cifar10", help="cifar10:ROOT, or folder:ROOT for ImageNet")
     parser.add_argument("--weights", help="of the dense network")
     parser.add_argument("--only", help="only cells whose key holds this text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=8, help="processes that read images of folder:ROOT")
     parser.add_argument("--work", help="folder for checkpoints within a cell")
     parser.add_argument("--cost", type=int, default=0, metavar="STEPS", help="time the mask update over so many steps")
     parser.add_argument("--summary", action="store_true", help="write the tables")

@@ -27,6 +27,10 @@ HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "kills.yaml"
 METHODS = {"l1": ["method=l1", "options={steps: 3, epochs_per_step: 2}"]}
 METHODS["controller"] = ["method=nni_prune_ext.testing.toy_controller:CONTROLLER", "options={epochs: 6, cut_after: 4}"]
+METHODS["lottery_jackpots"] = [
+    "method=lottery_jackpots",
+    "options={search_epochs: 3, freeze_epochs: 2, tune_epochs: 3}",
+]
 PARTS = ("plan.json", "model.safetensors")
 
 

@@ -20,6 +20,7 @@ from nni_prune_ext.methods.base import (
     MethodSpec,
     Outcome,
     Phase,
+    Product,
     PruningMethod,
 )
 from nni_prune_ext.pipeline import PruneResult, method_options, prune
@@ -27,7 +28,8 @@ from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import Removal
 from nni_prune_ext.training import LossFunction, MethodRun, TrainingSettings, cross_entropy
 
-TARGETS = (Target("macs", 0.6), Target("params", 0.7))
+TARGETS: tuple[Target, ...] = (Target("macs", 0.6), Target("params", 0.7))
+SPARSITY: tuple[Target, ...] = (Target("sparsity", 0.6),)
 LIMITS = Limits(max_ratio=0.75, min_channels=2, exclude=("whole.*",))
 
 
@@ -50,7 +52,7 @@ class BenchNet(nn.Module):
 
 @dataclass(frozen=True)
 class Bench:
-    """One method with its options, and everything that it is run on."""
+    """One method with its options, and everything that it is run on; ``targets`` say what is asked of it."""
 
     spec: MethodSpec
     options: Mapping[str, object]
@@ -58,6 +60,7 @@ class Bench:
     example: Tensor
     batches: Sequence[Batch]
     groups: ChannelGroups
+    targets: tuple[Target, ...] = TARGETS
 
     @classmethod
     def of(cls, spec: MethodSpec, options: Mapping[str, object]) -> Bench:
@@ -85,7 +88,7 @@ class Bench:
     def prune(self, *, seed: int = 0, with_data: bool = True) -> PruneResult:
         """Runs the whole pipeline."""
         return prune(
-            self.model, self.example, method=self.spec, target=TARGETS, options=self.options, limits=LIMITS,
+            self.model, self.example, method=self.spec, target=self.targets, options=self.options, limits=LIMITS,
             train_batches=self.batches if with_data else None, groups=self.groups, seed=seed,
         )  # fmt: skip
 
@@ -96,8 +99,15 @@ class Bench:
             copy = BenchNet()
         return CountedRun(
             model=copy, batches_=self.batches, loss=loss, settings=TrainingSettings(), example_inputs=self.example,
-            groups=self.groups, targets=TARGETS, limits=LIMITS, checkpoints=checkpoints,
+            groups=self.groups, targets=self.targets, limits=LIMITS, checkpoints=checkpoints,
         )  # fmt: skip
+
+
+def targets_for(products: frozenset[Product]) -> Sequence[tuple[Target, ...]]:
+    """Returns what a method with these products can be asked for: channels, single weights, or each in turn."""
+    if "weight_masks" not in products:
+        return [TARGETS]
+    return [TARGETS, SPARSITY] if "plan" in products else [SPARSITY]
 
 
 @dataclass

@@ -25,6 +25,7 @@ from nni_prune_ext.pipeline import PruneResult, method_options
 from nni_prune_ext.plan import removed_channels
 from nni_prune_ext.testing.method_bench import (
     LIMITS,
+    SPARSITY,
     Bench,
     CountedRun,
     Interrupted,
@@ -32,6 +33,7 @@ from nni_prune_ext.testing.method_bench import (
     Watched,
     global_hooks,
     modes_of,
+    targets_for,
     traces_on,
 )
 from nni_prune_ext.training import cross_entropy, drive
@@ -39,6 +41,8 @@ from nni_prune_ext.training import cross_entropy, drive
 
 def check_method(spec: MethodSpec, *, options: Mapping[str, object] | None = None) -> None:
     """Checks every promise of a method on a tiny network; takes about ten short runs.
+
+    A method that declares plans and weight masks is asked for channels and for single weights in turn.
 
     Args:
         spec: what is registered.
@@ -50,15 +54,9 @@ def check_method(spec: MethodSpec, *, options: Mapping[str, object] | None = Non
     check_declaration(spec)
     bench = Bench.of(spec, spec.demo_options if options is None else options)
     _check_phases(bench)
-    _check_need_for_data(bench)
     _check_scores(bench)
-    result = _check_user_model_is_unchanged(bench)
-    _check_result(bench, result)
-    _check_same_seed_same_result(bench, result)
-    _check_result(bench, bench.prune(seed=1))
-    calls = _check_run_leaves_no_trace(bench)
-    _check_failure_leaves_no_trace(bench, calls)
-    _check_saved_state_continues(bench)
+    for targets in targets_for(spec.products):
+        _check_runs(replace(bench, targets=targets))
 
 
 def check_declaration(spec: MethodSpec) -> None:
@@ -88,6 +86,18 @@ def check_declaration(spec: MethodSpec) -> None:
     _require(spec.score_options <= set(spec.options.model_fields), "Score options are among the options.")
     known = {"plan", "weight_masks", "gated_model"}
     _require(bool(spec.products) and spec.products <= known, f"The products are some of {sorted(known)}.")
+
+
+def _check_runs(bench: Bench) -> None:
+    """Checks what a method does when it is asked for the targets of the bench."""
+    _check_need_for_data(bench)
+    result = _check_user_model_is_unchanged(bench)
+    _check_result(bench, result)
+    _check_same_seed_same_result(bench, result)
+    _check_result(bench, bench.prune(seed=1))
+    calls = _check_run_leaves_no_trace(bench)
+    _check_failure_leaves_no_trace(bench, calls)
+    _check_saved_state_continues(bench)
 
 
 def _check_phases(bench: Bench) -> None:
@@ -158,7 +168,7 @@ def _check_user_model_is_unchanged(bench: Bench) -> PruneResult:
 
 def _check_result(bench: Bench, result: PruneResult) -> None:
     outcome, products = result.outcome, bench.spec.products
-    _require(("weight_masks" in products) == (outcome.weight_masks is not None), "Weight masks are there if declared.")
+    _require("weight_masks" in products or outcome.weight_masks is None, "Weight masks are there if declared.")
     _require(("gated_model" in products) == (outcome.gated_model is not None), "A gated model is there if declared.")
     _require(all(math.isfinite(value) for value in outcome.facts.values()), "Facts are finite numbers.")
     for when, model in (("compact", result.model), ("unrecovered", result.removed_only)):
@@ -171,14 +181,38 @@ def _check_result(bench: Bench, result: PruneResult) -> None:
         _require(shapes[0] == shapes[1], "build_gated makes the gated network around the compact model again.")
         output = call_model(copy.deepcopy(outcome.gated_model), bench.example)
         _require(any(True for _ in tensors_in(output)), "The gated model returns tensors.")
-    if "plan" not in products:
-        return
-    for goal in result.achieved:
-        _require(goal.met, f"The target {goal.target} is met: {goal.asked:g} asked, {goal.achieved:g} reached.")
+    if bench.targets == SPARSITY:
+        _check_masked(bench, result)
+    elif "plan" in products:
+        _check_planned(bench, result)
+
+
+def _check_planned(bench: Bench, result: PruneResult) -> None:
+    _check_targets(result)
     _require(result.certificate is not None and result.certificate.exact, "The plan is certified.")
     for name, gone in removed_channels(result.plan, bench.groups).items():
         kept, most = int((~gone).sum()), LIMITS.of_group(bench.groups[name]).max_ratio
         _require(gone.mean() <= most and kept >= LIMITS.min_channels, f"Group '{name}' is pruned within the limits.")
+
+
+def _check_masked(bench: Bench, result: PruneResult) -> None:
+    masks = result.outcome.weight_masks
+    _require(masks is not None, "Weight masks are handed over where single weights are asked for.")
+    assert masks is not None
+    _require(not result.plan.num_removed, "No channel is removed where single weights are asked for.")
+    _check_targets(result)
+    open_to_masks = bench.run().maskable
+    for name, mask in masks.items():
+        _require(name in open_to_masks, f"Only what may be masked is masked; '{name}' may not, or is excluded.")
+        _require(bool(mask.any()), f"At least one weight of '{name}' stays.")
+        for model in (result.model, result.removed_only):
+            gone = model.get_parameter(name)[~mask]
+            _require(not bool(gone.any()), f"The masked weights of '{name}' are zero in the result.")
+
+
+def _check_targets(result: PruneResult) -> None:
+    for goal in result.achieved:
+        _require(goal.met, f"The target {goal.target} is met: {goal.asked:g} asked, {goal.achieved:g} reached.")
 
 
 def _check_same_seed_same_result(bench: Bench, first: PruneResult) -> None:

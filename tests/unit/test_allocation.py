@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nni_prune_ext.allocation import (
@@ -18,8 +21,12 @@ from nni_prune_ext.allocation import (
     Limits,
     Reference,
     Target,
+    achieved_targets,
     allocate,
     check_feasible,
+    masked_counts,
+    parse_targets,
+    sparsity_of,
 )
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import count_costs
@@ -371,7 +378,7 @@ def test_scores_that_are_no_scores_are_refused(scores: dict[str, Tensor], messag
     ("text", "metric", "value"),
     [("macs=0.5", "macs", 0.5), (" params = 1.2M ", "params", 1.2e6), ("memory=3k", "memory", 3e3),
      ("macs=1e9", "macs", 1e9),
-     ("macs=2g", "macs", 2e9), ("ratio=0.3", "ratio", 0.3)],
+     ("macs=2g", "macs", 2e9), ("ratio=0.3", "ratio", 0.3), ("sparsity=0.9", "sparsity", 0.9)],
 )  # fmt: skip
 def test_targets_are_read_from_text(text: str, metric: str, value: float) -> None:
     assert Target(metric, value) == Target.parse(text)
@@ -425,3 +432,113 @@ def test_a_layer_that_writes_a_part_of_a_group_keeps_its_best_channel() -> None:
     assert (0, 1) == tuple(left.channel)
     assert {"left": (0,)}.items() <= found.plan.removed.items()
     assert 6 == found.plan.num_removed
+
+
+# -- single weights ----------------------------------------------------------------------------------------------
+
+
+def magnitudes(*sizes: int, seed: int = 0) -> dict[str, Tensor]:
+    """Returns magnitudes of layers 'a', 'b', … of these sizes, the later the larger."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{name}.weight": (k + 1) * torch.rand(size, generator=generator)
+        for k, (name, size) in enumerate(zip("abcdef", sizes))
+    }
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.floats(0.0, 1.0, exclude_max=True),
+    st.sampled_from(["global", "local"]),
+    st.integers(0, 1000),
+)
+def test_masked_weights_are_exactly_as_many_as_asked_rounded_up_and_never_a_whole_tensor(
+    sizes: list[int], sparsity: float, scope: Literal["global", "local"], seed: int
+) -> None:
+    own = magnitudes(*sizes, seed=seed)
+    wanted = math.ceil(sparsity * sum(sizes) - 1e-9)
+    if wanted > sum(sizes) - len(sizes):
+        with pytest.raises(TargetError, match="cannot be reached"):
+            masked_counts(own, sparsity, scope=scope)
+        return
+
+    found = masked_counts(own, sparsity, scope=scope)
+
+    assert list(own) == list(found)
+    assert wanted == sum(found.values())
+    assert all(0 <= found[name] < tensor.numel() for name, tensor in own.items())
+
+
+def test_the_global_scope_masks_what_lies_below_one_threshold_over_all_tensors() -> None:
+    own = magnitudes(50, 30, 20)
+
+    found = masked_counts(own, 0.6)
+
+    threshold = np.sort(np.concatenate([tensor.numpy() for tensor in own.values()]))[60]
+    assert {name: int((tensor.numpy() < threshold).sum()) for name, tensor in own.items()} == found
+
+
+def test_what_a_tensor_must_keep_is_taken_from_the_others() -> None:
+    own = {"small.weight": torch.full((10,), 0.1), "large.weight": torch.ones(30)}
+
+    assert {"small.weight": 9, "large.weight": 11} == masked_counts(own, 0.5)
+
+
+def test_the_local_scope_masks_the_same_share_of_every_tensor_whatever_its_magnitudes() -> None:
+    assert {"a.weight": 25, "b.weight": 15, "c.weight": 10} == masked_counts(magnitudes(50, 30, 20), 0.5, scope="local")
+    found = masked_counts(magnitudes(7, 11, 13), 0.5, scope="local")
+    assert [3.5, 5.5, 6.5] == pytest.approx(list(found.values()), abs=1)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_limits_of_single_layers_bound_their_share_and_the_total_stays(scope: Literal["global", "local"]) -> None:
+    limits = Limits(layers={"a": LayerLimit(max_ratio=0.2), "c": LayerLimit(min_ratio=0.9)}, max_ratio=0.1)
+
+    found = masked_counts(magnitudes(50, 50, 50), 0.6, scope=scope, limits=limits)
+
+    assert found["a.weight"] == 10
+    assert found["c.weight"] >= 45
+    assert 90 == sum(found.values())
+
+
+def test_least_shares_above_the_sparsity_are_kept() -> None:
+    limits = Limits(layers={"*": LayerLimit(min_ratio=0.8)})
+
+    assert {"a.weight": 40, "b.weight": 24} == masked_counts(magnitudes(50, 30), 0.1, limits=limits)
+
+
+def test_a_sparsity_beyond_the_limits_says_how_much_may_go() -> None:
+    limits = Limits(layers={"*": LayerLimit(max_ratio=0.5)})
+
+    with pytest.raises(TargetError, match=r"0\.75 cannot be reached: the limits let 40 of 80 weights go, .* least 60"):
+        masked_counts(magnitudes(50, 30), 0.75, limits=limits)
+
+
+def test_equal_magnitudes_are_masked_the_same_way_each_time() -> None:
+    own = {"a.weight": torch.ones(10), "b.weight": torch.ones(10)}
+
+    assert {"a.weight": 9, "b.weight": 1} == masked_counts(own, 0.5)
+
+
+def test_a_sparsity_is_a_share_and_stands_alone() -> None:
+    assert 0.9 == sparsity_of(parse_targets("sparsity=0.9"))
+    assert None is sparsity_of(parse_targets(["macs=0.5", "params=0.5"]))
+    for text in ("sparsity=1", "sparsity=0", "sparsity=2", "sparsity=-0.5"):
+        with pytest.raises(TargetError, match="above 0 and below 1"):
+            parse_targets(text)
+    for pair in (["sparsity=0.5", "macs=0.5"], ["ratio=0.2", "sparsity=0.5"]):
+        with pytest.raises(TargetError, match="cannot be met together: a sparsity masks single weights"):
+            parse_targets(pair)
+
+
+def test_the_sparsity_that_was_reached_is_the_share_of_zeros_in_the_masks() -> None:
+    costs, target = small(), (Target("sparsity", 0.7),)
+    dense = count_costs(chain(), torch.zeros(1, 3, 2, 2))
+    plan = plan_from_channels(costs.groups, {})
+    masks = {"a": torch.tensor([True, False, False, False]), "b": torch.tensor([[True, False], [False, False]])}
+
+    (found,) = achieved_targets(target, costs, plan, dense, masks)
+    (without,) = achieved_targets(target, costs, plan, dense, None)
+
+    assert (0.7, 0.75, True) == (found.asked, found.achieved, found.met)
+    assert (0.0, False) == (without.achieved, without.met)

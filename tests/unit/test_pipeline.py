@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -334,3 +336,98 @@ def test_masked_weights_stay_zero_through_recovery_and_right_after_the_cut() -> 
         weight = model.get_parameter("inside.0.weight")
         assert 0 == weight[~mask].abs().max() < weight[mask].abs().min()
     assert not torch.equal(result.removed_only.get_parameter("inside.0.weight"), weight)
+
+
+# -- single weights ----------------------------------------------------------------------------------------------
+
+
+class Smallest(PruningMethod):
+    """Masks the smallest weights where these are asked for; else removes what L1 removes."""
+
+    def phases(self) -> list[Phase]:
+        return [Phase("mask")]
+
+    def finish(self, context: MethodContext) -> Outcome:
+        nothing = plan_from_channels(context.groups, {})
+        weights = {name: context.model.get_parameter(name).detach().abs() for name in context.maskable}
+        masks = {}
+        for name, count in context.masked_counts(weights).items() if weights else ():
+            masks[name] = weights[name] > weights[name].flatten().sort().values[max(count - 1, 0)]
+        return Outcome(nothing, weight_masks=masks, facts={"tensors": len(masks), "unit": len(context.unit)})
+
+
+SMALLEST = MethodSpec(
+    "smallest", "one sentence", "none", NoOptions, lambda _: Smallest(), products=frozenset({"plan", "weight_masks"})
+)
+
+
+def test_a_sparsity_masks_single_weights_of_convolutions_and_removes_nothing(bench: Bench) -> None:
+    before = weights(bench.model)
+
+    result = pruned(bench, method=SMALLEST, target="sparsity=0.7")
+
+    masks = result.outcome.weight_masks
+    assert masks is not None
+    names = ["stem.0.weight", "inside.0.weight", "back.0.weight", "depthwise.0.weight", "whole.0.weight"]
+    assert names == list(masks)
+    everything = torch.cat([before[name].abs().flatten() for name in names]).sort().values
+    threshold = everything[math.ceil(0.7 * len(everything))]
+    for name in names:
+        assert torch.equal(before[name].abs() >= threshold, masks[name])
+        assert torch.equal(before[name] * masks[name], result.model.get_parameter(name))
+    assert (0, True) == (result.plan.num_removed, result.achieved[0].met)
+    assert 0.7 == pytest.approx(result.achieved[0].achieved, abs=1e-3)
+    assert result.costs.macs == result.dense.macs
+
+
+def test_a_method_is_told_whether_channels_or_weights_are_asked_for(bench: Bench) -> None:
+    limits = Limits(exclude=("stem.*", "whole.*"))
+
+    channels = pruned(bench, method=SMALLEST, target="macs=1")
+    single = pruned(bench, method=SMALLEST, target="sparsity=0.5", limits=limits)
+
+    assert {"tensors": 0, "unit": len("channel")} == channels.outcome.facts
+    assert {"tensors": 3, "unit": len("weight")} == single.outcome.facts
+
+
+def test_single_weights_in_one_share_per_layer_with_the_local_scope(bench: Bench) -> None:
+    result = pruned(bench, method=SMALLEST, target="sparsity=0.5", scope="local")
+
+    for name, mask in (result.outcome.weight_masks or {}).items():
+        assert int(mask.sum()) == pytest.approx(mask.numel() / 2, abs=1), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "sparsity=0.5"}, "is about single weights, but the method 'l1' removes channels only"),
+        ({"target": ["sparsity=0.5", "macs=0.5"], "method": SMALLEST}, "cannot be met together"),
+        ({"target": "sparsity=1.5", "method": SMALLEST}, "above 0 and below 1"),
+    ],
+)
+def test_a_sparsity_that_cannot_be_served_is_refused(bench: Bench, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        pruned(bench, **changes)
+
+
+def test_an_excluded_layer_that_does_not_exist_is_refused_for_single_weights_too(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="matches no layer"):
+        pruned(bench, method=SMALLEST, target="sparsity=0.5", limits=Limits(exclude=("stem.7",)))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"stem.0.weight": torch.ones(12, 3, 3, 3)}, "'stem.0.weight' of torch.float32"),
+        ({"stem.9.weight": torch.ones(3) > 0}, "'stem.9.weight' of torch.bool.* expected torch.bool .* None"),
+    ],
+)
+def test_masks_that_are_no_masks_of_a_parameter_are_refused(
+    bench: Bench, masks: dict[str, Tensor], message: str
+) -> None:
+    class Wrong(Smallest):
+        def finish(self, context: MethodContext) -> Outcome:
+            return Outcome(plan_from_channels(context.groups, {}), weight_masks=masks)
+
+    with pytest.raises(PluginError, match=message):
+        pruned(bench, method=replace(SMALLEST, build=lambda _: Wrong()), target="sparsity=0.5")

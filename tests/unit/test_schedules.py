@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
 from nni_prune_ext.errors import PluginError, UnknownPluginError
+from nni_prune_ext.mask_updates import everything, fourth_power, half_cosine
 from nni_prune_ext.schedules import (
+    SHORT_RESTRICTION,
+    SHORT_RESTRICTION_COSINE,
+    SchedulerSpec,
     agp,
     asfp,
     build_mask_update_rule,
@@ -19,8 +24,10 @@ from nni_prune_ext.schedules import (
     linear,
     one_shot,
     replace_mask,
+    short_restriction,
     uniform_ratio,
 )
+from nni_prune_ext.testing import check_scheduler
 
 
 def test_asfp_goes_through_its_three_points() -> None:
@@ -71,3 +78,49 @@ def test_a_scheduler_of_another_kind_is_refused_with_both_kinds() -> None:
 def test_an_unknown_scheduler_is_refused_with_a_suggestion() -> None:
     with pytest.raises(UnknownPluginError, match="Did you mean 'cosine'"):
         build_schedule("cosin")
+
+
+# -- the short restriction around any scores ---------------------------------------------------------------------
+
+# Six channels; 4 and 5 are to come in for 0 and 1. Best pair: 5 (score 6) for 0 (score 1).
+OLD = torch.tensor([True, True, True, False, False, False])
+PROPOSED = torch.tensor([False, False, True, False, True, True])
+SCORES = torch.tensor([1.0, 2.0, 3.5, 3.0, 5.0, 6.0])
+
+
+@pytest.mark.parametrize("spec", [SHORT_RESTRICTION, SHORT_RESTRICTION_COSINE])
+def test_a_short_restriction_replaces_the_mask_at_first_and_keeps_it_at_the_end(spec: SchedulerSpec) -> None:
+    rule = spec.build()
+
+    check_scheduler(spec)
+    assert PROPOSED.tolist() == rule(OLD, PROPOSED, SCORES, 0.0).tolist()
+    assert OLD.tolist() == rule(OLD, PROPOSED, SCORES, 1.0).tolist()
+
+
+@pytest.mark.parametrize(("name", "progress", "pairs"), [
+    ("short_restriction", 0.1, 2), ("short_restriction", 0.2, 1), ("short_restriction", 0.9, 1),
+    ("short_restriction_cosine", 0.4, 2), ("short_restriction_cosine", 0.6, 1),
+])  # fmt: skip
+def test_a_short_restriction_makes_its_share_of_the_swaps_best_pairs_first(
+    name: str, progress: float, pairs: int
+) -> None:
+    found = build_mask_update_rule(name)(OLD, PROPOSED, SCORES, progress)
+
+    assert {2: PROPOSED.tolist(), 1: [False, True, True, False, False, True]}[pairs] == found.tolist()
+
+
+@pytest.mark.parametrize("share", [fourth_power, half_cosine, everything, lambda progress: 0.0])
+def test_changes_of_the_count_are_always_made_worst_and_best_first(share: Callable[[float], float]) -> None:
+    rule = short_restriction(share)
+    fewer, more = torch.arange(6) == 2, torch.ones(6, dtype=torch.bool)
+
+    assert fewer.tolist() == rule(OLD, fewer, SCORES, 1.0).tolist()
+    assert more.tolist() == rule(OLD, more, SCORES, 1.0).tolist()
+
+
+def test_a_fall_of_the_count_takes_the_worst_and_leaves_swaps_to_the_share() -> None:
+    proposed = torch.tensor([False, False, False, False, True, True])  # 0, 1 and 2 out, 4 and 5 in
+
+    found = short_restriction(lambda progress: 0.0)(OLD, proposed, SCORES, 0.5)
+
+    assert [False, True, True, False, False, False] == found.tolist()
