@@ -22,6 +22,8 @@ from nni_prune_ext.errors import ConfigError
 
 ShareOfSwaps = Callable[[float], float]
 """Progress (0–1) → the share (0–1) of the requested swaps that are executed in one step."""
+Allowed = Callable[[int], int]
+"""Number of requested swaps → number that are made, at most as many."""
 
 
 def fourth_power(progress: float) -> float:
@@ -108,17 +110,44 @@ def best(scores: Tensor, keep: int) -> Tensor:
     return mask.reshape(scores.shape)
 
 
-def swapped(mask: Tensor, scores: Tensor, share: float) -> tuple[Tensor, Swaps]:
+def rounded_up(share: float) -> Allowed:
+    """Returns the authors' rule: of ``n`` requested swaps, ``ceil(share × n)`` are made, at least one."""
+    return lambda requested: math.ceil(share * requested)
+
+
+class Credit:
+    """Makes a share of the requested swaps on average over steps, where rounding up would always let one through.
+
+    Attributes:
+        saved: part of a swap that is saved up.
+    """
+
+    def __init__(self, saved: float = 0.0) -> None:
+        self.saved = saved
+
+    def rule(self, share: float) -> Allowed:
+        """Returns the rule of one step."""
+
+        def allowed(requested: int) -> int:
+            total = min(self.saved, 1.0) + share * requested
+            made = min(math.floor(total + 1e-9), requested)
+            self.saved = total - made
+            return made
+
+        return allowed
+
+
+def swapped(mask: Tensor, scores: Tensor, allowed: Allowed) -> tuple[Tensor, Swaps]:
     """Returns the mask after one step of the short restriction, with exactly as many entries kept as before.
 
     A swap is requested for every pair of a pruned and a kept entry, best and worst first, in which the pruned one
-    scores strictly higher; ``ceil(share × requested)`` of them are made, best pairs first. With a share of 1 the mask
-    becomes the exact top-k. Only entries that could take part in a swap are sorted.
+    scores strictly higher; some of them are made, best pairs first. If all are, the mask becomes the exact top-k. Only
+    entries that could take part in a swap are sorted.
 
     Args:
         mask: bool, ``True`` = kept; any shape.
         scores: of the same shape, higher = keep; finite.
-        share: 0–1.
+        allowed: requested swaps → how many are made.
     """
     flat, values = mask.flatten(), scores.detach().flatten()
     lowest = torch.where(flat, values, torch.inf).amin() if len(values) else values.sum()
@@ -128,27 +157,28 @@ def swapped(mask: Tensor, scores: Tensor, share: float) -> tuple[Tensor, Swaps]:
     entering, leaving = _candidates(flat, values, lowest, highest)
     pairs = min(len(entering), len(leaving))
     requested = int((values[entering[:pairs]] > values[leaving[:pairs]]).sum())
-    executed = math.ceil(share * requested)
+    executed = allowed(requested)
     result = flat.clone()
     result[entering[:executed]] = True
     result[leaving[:executed]] = False
     return result.reshape(mask.shape), Swaps(requested, executed)
 
 
-def swapped_groups(mask: Tensor, scores: Tensor, pattern: Pattern, share: float) -> tuple[Tensor, Swaps]:
+def swapped_groups(mask: Tensor, scores: Tensor, allowed: Allowed, *, pattern: Pattern) -> tuple[Tensor, Swaps]:
     """Returns the mask after one step of the short restriction inside the groups of an N:M pattern.
 
-    A group asks for a change if its best N are others than those kept; ``ceil(share × asking)`` groups get theirs,
-    those with the largest gain of scores first. The pattern holds before and after.
+    A group asks for a change if its best N are others than those kept; as many groups as allowed get theirs, those with
+    the largest gain of scores first. The pattern holds before and after.
 
     Args:
         mask: ``(C_out, C_in, …)`` bool.
         scores: of the same shape.
+        allowed: number of groups that ask → how many get theirs.
     """
     kept, values = pattern.rows(mask, False), pattern.rows(scores.detach(), -torch.inf)
     asking = torch.where(kept, -torch.inf, values).amax(1) > torch.where(kept, values, torch.inf).amin(1)
     rows = asking.nonzero()[:, 0]
-    executed = math.ceil(share * len(rows))
+    executed = allowed(len(rows))
     if not executed:
         return mask, Swaps(len(rows), 0)
     better = best_of_rows(values[rows], pattern.keep, kept[rows])

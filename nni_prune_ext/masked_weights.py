@@ -7,6 +7,7 @@ place in ``state_dict``, whatever runs or fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from nni_prune_ext.graph.label_book import Role
 Reading = Callable[[Tensor], Tensor]
 """A parameter → what its module reads in its place, of the same shape."""
 Gates = Callable[[], Tensor]
-"""Returns one value per channel of all groups in a row, ``(groups.num_channels,)``."""
+"""Returns one value per channel of all groups in a row, and a 1 behind them, ``(groups.num_channels + 1,)``."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -51,36 +52,47 @@ def straight_through(weight: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
     return cast("Tensor", _StraightThrough.apply(weight, mask, scores))  # type: ignore[no-untyped-call]
 
 
-def read_through(model: nn.Module, readings: Mapping[str, Reading]) -> list[RemovableHandle]:
-    """Lets modules read parameters through functions while they run; remove the handles to end it.
+@dataclass(frozen=True)
+class Readings:
+    """What was put onto a model.
 
-    Modules that share a parameter all read it so. A module whose ``forward`` is never called (its parent uses the
-    parameter itself) reads it plain: its function is then never asked.
+    Attributes:
+        handles: remove them to end it.
+        unread: the parameters and shortcuts that no forward has read through yet.
+    """
+
+    handles: list[RemovableHandle]
+    unread: set[str]
+
+
+def read_through(model: nn.Module, readings: Mapping[str, Reading]) -> Readings:
+    """Lets modules read parameters through functions while they run.
+
+    Modules that share a parameter all read it so. A module whose ``forward`` is never called, because its parent uses
+    the parameter itself, reads it plain: its name stays in ``unread``.
 
     Args:
         readings: name of a parameter → function of it.
     """
-    parameters = dict(model.named_parameters())
-    handles = []
+    parameters, found = dict(model.named_parameters()), Readings([], set(readings))
     for name, reading in readings.items():
         for module in model.modules():
             for key, own in module._parameters.items():
                 if own is parameters[name]:
-                    handles += _read_through(module, key, reading)
-    return handles
+                    _read_through(module, key, name, reading, found)
+    return found
 
 
-def _read_through(module: nn.Module, key: str, reading: Reading) -> list[RemovableHandle]:
+def _read_through(module: nn.Module, key: str, name: str, reading: Reading, found: Readings) -> None:
     def before(module: nn.Module, args: object) -> None:
         module.__dict__[key] = reading(module._parameters[key])  # type: ignore[arg-type]  # found before the parameter
+        found.unread.discard(name)
 
     def after(module: nn.Module, args: object, output: object) -> None:
         module.__dict__.pop(key, None)
 
-    return [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, always_call=True),
-    ]
+    found.handles.append(module.register_forward_pre_hook(before))
+    found.handles.append(module.register_forward_hook(after, always_call=True))
 
 
 def channel_offsets(groups: ChannelGroups) -> dict[str, int]:
@@ -92,8 +104,8 @@ def channel_offsets(groups: ChannelGroups) -> dict[str, int]:
     return offsets
 
 
-def gate_consumers(model: nn.Module, groups: ChannelGroups, gates: Gates) -> list[RemovableHandle]:
-    """Scales every channel by its gate in whatever reads it; remove the handles to end it.
+def gate_consumers(model: nn.Module, groups: ChannelGroups, gates: Gates) -> Readings:
+    """Scales every channel by its gate in whatever reads it.
 
     Where a gate is 0, nothing behind it can tell its channel from a removed one, in training and evaluation mode and
     behind any activation; a gradient reaches the gate all the same. (Norms that mix channels, such as LayerNorm, still
@@ -109,17 +121,17 @@ def gate_consumers(model: nn.Module, groups: ChannelGroups, gates: Gates) -> lis
             place = shortcuts.setdefault(member.tensor.rpartition(".")[0], _all_open(groups, member))
         place[torch.from_numpy(member.index)] = channels
     device = next(model.parameters()).device
-    handles = read_through(model, {name: _gated(gates, places, device) for name, places in weights.items()})
+    found = read_through(model, {name: _gated(gates, places, device) for name, places in weights.items()})
     for name, place in shortcuts.items():
         reading = _gated(gates, {1: place}, device)
-        handles.append(
+        found.handles.append(
             model.get_submodule(name).register_forward_pre_hook(lambda _, args, reading=reading: (reading(args[0]),))
         )
-    return handles
+    return found
 
 
-def gate_norms(model: nn.Module, groups: ChannelGroups, gates: Gates) -> list[RemovableHandle]:
-    """Scales the output of every norm by the gates of its channels; remove the handles to end it.
+def gate_norms(model: nn.Module, groups: ChannelGroups, gates: Gates) -> Readings:
+    """Scales the output of every norm by the gates of its channels.
 
     A channel is gone only where every layer that writes it is followed by a norm and the activation keeps zero; and
     behind a ReLU a gate of 0 gets no gradient, because the derivative of ReLU at 0 is 0.
@@ -138,13 +150,13 @@ def gate_norms(model: nn.Module, groups: ChannelGroups, gates: Gates) -> list[Re
             f"No norm follows the layers of group '{bare[0]}' ({len(bare)} such groups), expected one to put gates "
             "behind. Put the gates at the consumers."
         )
-    handles = []
+    found = Readings([], set())
     for name, place in places.items():
         reading = _gated(gates, {1: place}, device)
-        handles.append(
+        found.handles.append(
             model.get_submodule(name).register_forward_hook(lambda _, args, output, reading=reading: reading(output))
         )
-    return handles
+    return found
 
 
 def _members(groups: ChannelGroups, wanted: Callable[[GroupMember], bool]) -> Iterator[tuple[GroupMember, Tensor]]:
@@ -157,7 +169,7 @@ def _members(groups: ChannelGroups, wanted: Callable[[GroupMember], bool]) -> It
 
 
 def _all_open(groups: ChannelGroups, member: GroupMember) -> Tensor:
-    """Returns, per position along a member's dimension, the number of a gate behind the last one, which is open."""
+    """Returns, per position along a member's dimension, the number of the last gate, which is open."""
     return torch.full((groups.shapes[member.tensor][member.dim],), groups.num_channels)
 
 
@@ -165,8 +177,7 @@ def _gated(gates: Gates, places: Mapping[int, Tensor], device: torch.device) -> 
     there = {dim: place.to(device) for dim, place in places.items()}
 
     def reading(tensor: Tensor) -> Tensor:
-        own = gates()
-        values = torch.cat([own, own.new_ones(1)]).to(tensor.dtype)
+        values = gates().to(tensor.dtype)
         for dim, place in there.items():
             tensor = tensor * values[place].reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
         return tensor

@@ -13,6 +13,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from torch.nn import functional
 
 import nni_prune_ext as npe
 from nni_prune_ext.certificate import remove_channels, verify_groups
-from nni_prune_ext.checkpoints import Checkpoints
+from nni_prune_ext.checkpoints import Checkpoints, fingerprint
 from nni_prune_ext.evaluation import environment
 from nni_prune_ext.mask_updates import best
 from nni_prune_ext.methods.lottery_jackpots import LotteryJackpots
@@ -103,7 +104,7 @@ LEVERS = tuple(
 )  # fmt: skip
 PLANS: Mapping[str, Plan] = {
     "dense": Plan("resnet20", 5, 2, crossed(["none"], ["dense"], 3), limit=12_000),
-    "levers": Plan("resnet20", 5, 0, LEVERS, limit=12_000),
+    "levers": Plan("resnet20", 5, 0, (Cell("macs=0.5", "recalibrated", 0), *LEVERS), limit=12_000),
     "weights": Plan(
         "resnet20", 5, 2,
         (
@@ -263,8 +264,8 @@ class Bench:
         model = run.model
         if outcome.plan.num_removed:
             model = remove_channels(run.model, outcome.plan, self.example, groups=run.groups).model
+        frozen = all(torch.equal(p, q) for p, q in zip(run.model.parameters(), self.dense.parameters()))
         silence(model, masks)
-        frozen = all(torch.equal(p, q) for p, q in zip(run.model.parameters(), self.dense.parameters())) or bool(masks)
         row = {
             **start,
             **self._accuracies(model, "S"),
@@ -273,7 +274,7 @@ class Bench:
             "facts": dict(outcome.facts),
             "macs": npe.count_costs(model, self.example).macs / npe.count_costs(self.dense, self.example).macs,
             "sparsity": 1 - mean_of(masks) if masks else 0.0,
-            "weights_frozen": frozen,
+            "weights_frozen": frozen,  # right after the search, before anything is masked or tuned
         }
         if masks and cell.arm in ("search", "random_start", "unrestricted"):
             row["overlap"] = self.overlaps(masks, train, cell.seed)
@@ -281,6 +282,7 @@ class Bench:
             logs = fit(
                 model, train, epochs=total - method.options.search_epochs, settings=self.settings,
                 weight_masks=masks, watcher=Told(f"{cell.key} tune"), seed=cell.seed, name="tune",
+                checkpoints=self._checkpoints(cell, "tune"),
             )  # fmt: skip
             row |= {**self._accuracies(model, "T"), "tune_epochs": [vars(log) for log in logs]}
         return {**row, **since(began)}
@@ -328,13 +330,18 @@ class Bench:
         return value
 
     def _accuracies(self, model: nn.Module, kind: str) -> dict:
-        return {f"{kind}_val": npe.accuracy(model, self.val), f"{kind}_test": npe.accuracy(model, self.test)}
+        found = {f"{kind}_val": npe.accuracy(model, self.val)}
+        if self.options.plan != "levers":  # they choose the variant
+            found[f"{kind}_test"] = npe.accuracy(model, self.test)
+        return found
 
-    def _checkpoints(self, cell: Cell) -> Checkpoints | None:
+    def _checkpoints(self, cell: Cell, stage: str = "search") -> Checkpoints | None:
         if self.options.work is None:
             return None
-        folder = Path(self.options.work) / self.options.plan / cell.key.replace(" ", "_").replace("=", "-")
-        return Checkpoints(folder, {"cell": cell.key, "search": self.plan.search, "tune": self.plan.tune})
+        folder = Path(self.options.work) / self.options.plan / cell.key.replace(" ", "_").replace("=", "-") / stage
+        data = {"spec": self.options.data, "limit": self.plan.limit, "batch": self.plan.batch}
+        job = {"cell": cell.key, "search": self.plan.search, "tune": self.plan.tune, "data": data}
+        return Checkpoints(folder, {**job, "weights": fingerprint(self.dense)})
 
 
 def silence(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -356,31 +363,34 @@ def since(began: float) -> dict:
 
 
 def mask_update_cost(options: argparse.Namespace) -> dict:
-    """Times training steps and mask updates in turn, ours and one that sorts whole layers and walks lists.
+    """Times training steps and mask updates in turn, in each quarter of a search with the default restriction.
 
-    The latter stands for the authors' code: it does the same work in the same way, written anew.
+    Beside ours, on the same scores, runs an update that sorts whole layers and walks Python lists: our reconstruction
+    of how the authors' code goes about it. The network is ResNet-32 at random weights, the images are made.
     """
     model = npe.build_model("resnet32", num_classes=10, in_channels=3).to(options.device)
     generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(256, 3, 32, 32, generator=generator), torch.randint(0, 10, (256,), generator=generator)
-    batch = (images.to(options.device), labels.to(options.device))
-    method, times = _TimedSearch(JackpotOptions(search_epochs=1, freeze_epochs=0, tune_epochs=0, restriction="one")), []
-    example = batch[0][:1]
+    data = [
+        (torch.randn(256, 3, 32, 32, generator=generator), torch.randint(0, 10, (256,), generator=generator))
+        for _ in range(options.cost)
+    ]
+    method = _TimedSearch(JackpotOptions(search_epochs=4, freeze_epochs=0, tune_epochs=0))
+    example = data[0][0][:1].to(options.device)
     run = MethodRun(
-        model=model, batches_=[batch] * options.cost, groups=npe.trace_channel_groups(model, example),
+        model=model, batches_=data, groups=npe.trace_channel_groups(model, example),
         example_inputs=example, targets=(npe.Target.parse("sparsity=0.9"),),
         settings=TrainingSettings(precision="bf16", channels_last=True),
     )  # fmt: skip
     drive(method, run)
-    for ours, anchor, began, ended in method.times[2:]:
-        times.append({"update_s": ours, "sort_and_lists_s": anchor, "step_s": ended - began - anchor})
-    medians = {key: statistics.median(entry[key] for entry in times) for key in times[0]}
+    quarters = {}
+    for quarter in range(4):
+        own = [entry for entry in method.times if entry["quarter"] == quarter][1:]
+        medians = {key: statistics.median(entry[key] for entry in own) for key in own[0]}
+        shares = {key: medians[f"{key}_s"] / medians["step_s"] for key in ("ours", "sort_and_lists")}
+        quarters[quarter + 1] = {**medians, "share_of_step": shares}
     return {
-        "network": "resnet32", "batch": 256, "sparsity": 0.9, "steps": len(times), "median": medians,
-        "share_of_step": medians["update_s"] / medians["step_s"],
-        "sort_and_lists_share_of_step": medians["sort_and_lists_s"] / medians["step_s"],
-        "requested_and_made": [list(swaps) for swaps in method.swaps[2:]],
-        "environment": environment(), "date": str(date.today()), "threads": options.threads,
+        "network": "resnet32", "batch": 256, "sparsity": 0.9, "steps_per_quarter": options.cost - 1,
+        "quarters": quarters, "environment": environment(), "date": str(date.today()), "threads": options.threads,
     }  # fmt: skip
 
 
@@ -389,41 +399,46 @@ class _TimedSearch(LotteryJackpots):
 
     def __init__(self, options: JackpotOptions) -> None:
         super().__init__(options)
-        self.times: list[tuple[float, float, float, float]] = []
-        self.swaps: list[tuple[int, int]] = []
+        self.times: list[dict[str, float]] = []
         self._last = time.perf_counter()
 
     def after_step(self, context: MethodRun) -> None:
         """Times both; only ours changes the masks."""
         _wait(context.model)
+        step = time.perf_counter() - self._last
         scores = {name: score.detach().clone() for name, score in self.scores.items()}
         masks = {name: mask.clone() for name, mask in self.masks.items()}
-        t0 = time.perf_counter()
+        requested = self._swaps.requested
+        began = time.perf_counter()
         super().after_step(context)
         _wait(context.model)
-        t1 = time.perf_counter()
+        ours = time.perf_counter() - began
+        began = time.perf_counter()
         for name, mask in masks.items():
-            sort_and_lists(mask, scores[name], 1.0)
-            assert torch.equal(mask, self.masks[name]) or bool(scores[name].flatten().unique().numel() < mask.numel())
+            sort_and_lists(mask, scores[name], self._share())
+            assert int(mask.sum()) == int(self.masks[name].sum())
         _wait(context.model)
-        t2 = time.perf_counter()
-        self.swaps.append(tuple(self._swaps))
-        self.times.append((t1 - t0, t2 - t1, self._last, t2))
+        anchor = time.perf_counter() - began
+        self.times.append(
+            {"quarter": self._epoch, "ours_s": ours, "sort_and_lists_s": anchor, "step_s": step + ours,
+             "requested": self._swaps.requested - requested}
+        )  # fmt: skip
         self._last = time.perf_counter()
 
 
 def sort_and_lists(mask: Tensor, scores: Tensor, share: float) -> None:
-    """Updates a mask in place: sorts the whole layer, and walks Python lists of positions."""
+    """Updates a mask in place: sorts the whole layer, and pairs Python lists of positions."""
     flat, values = mask.view(-1), scores.flatten()
     threshold = values.sort().values[int((~flat).sum()) - 1]
-    entering = (~flat & (values > threshold)).nonzero().flatten().tolist()
-    leaving = (flat & (values <= threshold)).nonzero().flatten().tolist()
-    if not entering or len(entering) != len(leaving):
+    entering = (~flat & (values > threshold)).nonzero().flatten()
+    leaving = (flat & (values <= threshold)).nonzero().flatten()
+    if not len(entering) or len(entering) != len(leaving):
         return
-    entering.sort(key=lambda position: -float(values[position]))
-    leaving.sort(key=lambda position: float(values[position]))
-    for first, second in list(zip(entering, leaving))[: -(-int(share * len(entering)) // 1)]:
-        flat[first], flat[second] = True, False
+    best_first = sorted(zip((-values[entering]).tolist(), entering.tolist()))
+    worst_first = sorted(zip(values[leaving].tolist(), leaving.tolist()))
+    count = math.ceil(share * len(entering))
+    flat[[position for _, position in best_first[:count]]] = True
+    flat[[position for _, position in worst_first[:count]]] = False
 
 
 def _wait(model: nn.Module) -> None:
@@ -435,7 +450,8 @@ def summary(results: Path) -> Iterator[str]:
     """Yields the tables of all plans; plans without a cell are named as not run."""
     yield "# Lottery Jackpots beside its controls"
     for name, plan in PLANS.items():
-        rows = list(read_rows(results / f"jackpots_{name.replace('-', '_')}.jsonl"))
+        planned = {cell.key for cell in plan.cells}
+        rows = [row for row in read_rows(results / f"jackpots_{name.replace('-', '_')}.jsonl") if row["key"] in planned]
         yield f"\n## {name}: {plan.model}, {plan.search} epochs of search, {plan.tune} of tuning" + (
             f", {plan.limit:,} training images" if plan.limit else ""
         )
@@ -443,28 +459,35 @@ def summary(results: Path) -> Iterator[str]:
             yield f"\nNot run ({len(plan.cells)} cells): `jackpots.py --plan {name} …`"
             continue
         split = "Validation" if name == "levers" else "Test"
-        yield f"\n{len(rows)} of {len(plan.cells)} cells. {split} accuracy in %.\n"
+        yield f"\n{len(rows)} of {len(plan.cells)} cells. {split} accuracy in %, mean (each seed).\n"
+        if name in ("weights", "channels"):  # the dense network is trained as long in a plan of its own
+            rows = [*read_rows(results / "jackpots_dense.jsonl"), *rows]
         yield from levers_table(rows) if name == "levers" else table(rows)
     cost = results / "jackpots_cost.json"
     if cost.exists():
         found = json.loads(cost.read_text())
-        yield (
-            f"\n## Mask update\n\n{found['share_of_step']:.2%} of a training step ({found['network']}, batch "
-            f"{found['batch']}, median of {found['steps']}); by sorting and lists: "
-            f"{found['sort_and_lists_share_of_step']:.2%}."
-        )
+        yield f"\n## Mask update: share of a training step ({found['network']}, batch {found['batch']})\n"
+        yield "| quarter of the search | ours | sorting and lists | swaps requested | step in s |"
+        yield "|---|---|---|---|---|"
+        for quarter, entry in found["quarters"].items():
+            shares = entry["share_of_step"]
+            yield (
+                f"| {quarter} | {shares['ours']:.2%} | {shares['sort_and_lists']:.2%} | {entry['requested']:,.0f} | "
+                f"{entry['step_s']:.2f} |"
+            )
 
 
 def levers_table(rows: list[dict]) -> Iterator[str]:
     """Yields validation accuracy per lever: the variant is fixed by this table."""
-    yield "| gate | exploration | gradients divided | rate | before | (S) | swaps | first mask kept |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| gate | exploration | gradients divided | rate | (S) | swaps | first mask kept |"
+    yield "|---|---|---|---|---|---|---|"
     for row in rows:
         own, facts = row["options"], row["facts"]
         yield (
             f"| {own['gate']} | {own['exploration']:g} | {own['normalise_gradients']} | {own['learning_rate']:g} | "
-            f"{100 * row['val_at_start']:.2f} | {100 * row['S_val']:.2f} | {facts['swaps_made']:,} | "
-            f"{facts['share_of_first_mask_kept']:.2f} |"
+            f"{100 * row['S_val']:.2f} | {facts['swaps_made']:,} | {facts['share_of_first_mask_kept']:.2f} |"
+            if own
+            else f"| none: the mask that the search begins with | | | | {100 * row['S_val']:.2f} | 0 | 1 |"
         )
 
 
@@ -482,7 +505,7 @@ def table(rows: list[dict]) -> Iterator[str]:
             f"| {target} | {arm} | {_accuracies(cells, 'S_test')} | {_accuracies(cells, 'T_test')} | {made:,.0f} | "
             f"{first.get('macs', 1):.3f} | {first.get('sparsity', 0):.3f} |"
         )
-    yield "\nDifferences of the same seed, points of test accuracy, mean ± standard deviation:\n"
+    yield "\nDifferences in points at the same seed (order of data and draws; one base), mean ± standard deviation:\n"
     for target in dict.fromkeys(target for target, arm in kept if arm != "dense"):
         pairs = [("search", "S", "recalibrated", "S"), ("search", "S", "random_start", "S"),
                  ("search", "S", "unrestricted", "S"), ("search", "T", "tuned", "T"),
@@ -506,33 +529,37 @@ def _accuracies(cells: Mapping[int, dict], key: str) -> str:
 
 
 def _speed(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator[str]:
-    """Yields after how many epochs the magnitude start is as good as the random start at its end."""
+    """Yields after how many epochs the search from magnitude is as good as that from a random mask at its end."""
     for seed, row in kept.get((target, "search"), {}).items():
         other = kept.get((target, "random_start"), {}).get(seed)
         if other is None:
             continue
-        goal = max(log["metric"] for log in other["epochs"] if log["phase"] == "search")
-        curve = [row["val_at_start"], *(log["metric"] for log in row["epochs"] if log["phase"] == "search")]
-        reached = next((epoch for epoch, value in enumerate(curve) if value >= goal), None)
+        goal = [log["metric"] for log in other["epochs"] if log["phase"] == "search"][-1]
+        curve = [log["metric"] for log in row["epochs"] if log["phase"] == "search"]
+        reached = next((epoch for epoch, value in enumerate(curve, 1) if value >= goal), None)
+        before = "already before the search" if row["val_at_start"] >= goal else f"after {reached or 'none'} of them"
         yield (
-            f"* {target}, seed {seed}: from a random mask {100 * goal:.2f} % (validation) after {len(curve) - 1} "
-            f"epochs; from magnitude after {'none of them' if reached is None else reached}"
+            f"* {target}, seed {seed}: from a random mask {100 * goal:.2f} % (validation) at the end of {len(curve)} "
+            f"epochs; from magnitude {before} ({100 * row['val_at_start']:.2f} % at the start, {100 * curve[0]:.2f} % "
+            "after the first)"
         )
 
 
 def _overlap(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator[str]:
-    """Yields the mean overlap of searched masks with others, beside chance."""
-    for arm in ("search", "random_start"):
-        rows = [row["overlap"] for row in kept.get((target, arm), {}).values() if "overlap" in row]
-        if rows:
-            layers = [layer for row in rows for layer in row.values()]
-            means = {kind: statistics.fmean(layer[kind] for layer in layers) for kind in layers[0]}
-            wins = sum(layer["magnitude"] >= max(layer["snip"], layer["random"]) for layer in layers)
-            yield (
-                f"* {target}, {arm}: overlap (IoU, mean over layers) with magnitude {means['magnitude']:.3f}, SNIP "
-                f"{means['snip']:.3f}, random {means['random']:.3f}, chance {means['chance']:.3f}; magnitude is "
-                f"the most similar in {wins} of {len(layers)} layers"
-            )
+    """Yields the mean overlap of masks that were searched from a random one, beside chance.
+
+    A search from magnitude overlaps with magnitude because it began there: that says nothing.
+    """
+    rows = [row["overlap"] for row in kept.get((target, "random_start"), {}).values() if "overlap" in row]
+    if rows:
+        layers = [layer for row in rows for layer in row.values()]
+        means = {kind: statistics.fmean(layer[kind] for layer in layers) for kind in layers[0]}
+        wins = sum(layer["magnitude"] >= max(layer["snip"], layer["random"]) for layer in layers)
+        yield (
+            f"* {target}: a mask searched from a random one overlaps (IoU, mean over layers) with magnitude "
+            f"{means['magnitude']:.3f}, SNIP {means['snip']:.3f}, another random one {means['random']:.3f}, chance "
+            f"{means['chance']:.3f}; magnitude is the most similar in {wins} of {len(layers)} layers"
+        )
 
 
 def read_rows(path: Path) -> Iterator[dict]:

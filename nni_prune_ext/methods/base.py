@@ -87,7 +87,7 @@ class MethodContext(Protocol):
 
     @property
     def maskable(self) -> tuple[str, ...]:
-        """The parameters whose single weights may be masked, in forward order; empty where channels were asked for."""
+        """The parameters whose single weights may be masked, in the order of registration; empty for channels."""
 
     def batches(self, count: int) -> list[Batch]:
         """Returns ``count`` training batches outside the loop; the loop's own order does not move."""

@@ -22,14 +22,15 @@ Departures from that code:
 
 Channels (``macs``, ``params``, ``memory``, ``ratio`` targets): one score per channel of every channel group. The counts
 per group come from the magnitude of all weights that hold a channel and the target; the search swaps channels of one
-group that cost the same, so the target stays met exactly. A gate of 0 or 1 sits where the channel is *read*, not behind
-the norms that write it: behind a ReLU a closed gate at the norm gets no gradient at all, so a pruned channel could
-never come back by its own merit (``gate="norms"`` shows it). And a gradient at a gate of 1 says little about removal:
-a trained network is nearly stationary there. So in every step a tenth of the channels (``exploration``) takes a gate
-drawn from 0–1, and only these are learnt from: on average the gradient along the way from 0 to 1 is the difference that
-the channel makes (as in integrated gradients, https://arxiv.org/abs/1703.01365). Gradients are divided by their root
-mean square per group, because groups differ by orders of magnitude. After the search the channels are removed,
-certified, and the compact network is tuned.
+group that cost the same, so the target stays met exactly. The gate of a channel sits where the channel is *read*, not
+behind the norms that write it: behind a ReLU a closed gate at the norm gets no gradient, so a pruned channel could not
+come back by its own merit (``gate="norms"`` without exploration). A gradient at an open gate says little about removal,
+because a trained network is nearly stationary there; so in every step a tenth of the channels (``exploration``) takes a
+gate drawn from 0–1, and only these are learnt from (``gate_exploration``). Gradients are divided by their root mean
+square per group over many steps, because groups differ by orders of magnitude. The share of the restriction is kept on
+average over steps: rounding up would let a swap through in every small group and every step. Norms that mix channels
+(LayerNorm, GroupNorm) see all of them until the removal. After the search the channels are removed, certified, and the
+compact network is tuned.
 """
 
 from __future__ import annotations
@@ -44,20 +45,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.errors import ConfigError, TrainingError
 from nni_prune_ext.graph.channel_groups import ChannelGroup
 from nni_prune_ext.mask_updates import (
     SWAP_SHARES,
+    Credit,
     Pattern,
     Swaps,
     best,
     best_of_rows,
+    rounded_up,
     swapped,
     swapped_groups,
 )
 from nni_prune_ext.masked_weights import gate_consumers, gate_norms, read_through, straight_through
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
+from nni_prune_ext.methods.gate_exploration import GateExploration
 from nni_prune_ext.methods.lottery_jackpots_options import JackpotOptions
+from nni_prune_ext.methods.norm_statistics import NormMeasurement
 from nni_prune_ext.plan import PruningPlan, plan_from_channels, removed_channels
 from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
@@ -83,8 +88,11 @@ class LotteryJackpots(PruningMethod):
         self._pattern = None if options.pattern is None else Pattern.parse(options.pattern)
         self._optimizer: Optimizer | None = None
         self._searching = False
-        self._explored: tuple[Tensor, Tensor] | None = None  # which channels, and the gates of all
-        self._generator = torch.Generator()
+        self._exploration = GateExploration(options.exploration, scaled=options.normalise_gradients)
+        self._row: Tensor | None = None
+        self._credits: dict[str, Credit] = {}
+        self._unread: set[str] = set()
+        self._norms = NormMeasurement()
         self._epoch = 0
         self._swaps = Swaps(0, 0)
         self._facts: dict[str, float] = {"swaps_requested": 0, "swaps_made": 0}
@@ -99,14 +107,12 @@ class LotteryJackpots(PruningMethod):
         ]
 
     def start(self, context: MethodContext, phase: Phase) -> None:
-        """Makes the first mask; resets the statistics of norms; cuts before tuning."""
+        """Makes the first mask; cuts before tuning."""
         self._epoch = 0
         if phase.name == "search":
             self._begin(context)
         elif phase.name == "freeze":
             self._facts["share_of_first_mask_kept"] = _share_kept(self._first_masks, self.masks)
-            for norm in _live_norms(context.model) if phase.epochs else ():
-                norm.reset_running_stats()
         elif phase.epochs and context.unit == "channel":
             plan = self._plan(context)
             if plan.num_removed:
@@ -118,32 +124,21 @@ class LotteryJackpots(PruningMethod):
         if not phase.epochs or not self.masks:
             return
         if phase.name == "freeze":
-            for norm in _live_norms(context.model):
-                context.on_leave(partial(setattr, norm, "momentum", norm.momentum))
-                norm.momentum = None
+            self._norms.attach(context)
         if context.unit == "weight":
-            handles = read_through(context.model, {name: partial(self._masked, name) for name in self.masks})
+            readings = read_through(context.model, {name: partial(self._masked, name) for name in self.masks})
         else:
-            self._pools = {group.name: _pools(group) for group in context.groups} if self._searching else {}
-            self._explore(context)
+            self._attach_channels(context)
             gate = gate_consumers if self.options.gate == "consumers" else gate_norms
-            handles = gate(context.model, context.groups, self._gates)
-        for handle in handles:
+            readings = gate(context.model, context.groups, self._gates)
+        self._unread = readings.unread
+        for handle in readings.handles:
             context.on_leave(handle.remove)
 
     def after_backward(self, context: MethodContext) -> None:
-        """Refuses a mask that no loss reaches; divides the gradients of channel scores by their size."""
-        if not self._searching:
-            return
-        missing = [name for name, score in self.scores.items() if score.grad is None]
-        if missing:
-            raise ConfigError(
-                f"No gradient reaches the mask of '{missing[0]}' ({len(missing)} of {len(self.scores)} masks), "
-                "expected the loss to depend on it through the forward of the layer. Exclude layers that the loss does "
-                "not use, and those whose weight is used outside of their own forward."
-            )
-        if context.unit == "channel":
-            self._weigh_gradients()
+        """Leaves what the gradients of channel scores say."""
+        if self._searching and context.unit == "channel":
+            self._exploration.weigh(self.scores)
 
     def after_step(self, context: MethodContext) -> None:
         """Moves the masks after the scores, as far as the restriction lets them."""
@@ -151,12 +146,14 @@ class LotteryJackpots(PruningMethod):
             for name in self.masks:
                 swaps = self._update(name, self._share())
                 self._swaps = Swaps(*(a + b for a, b in zip(self._swaps, swaps)))
+            self._row = None
             if context.unit == "channel":
-                self._draw()
+                self._exploration.draw(self.scores)
 
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Notes the swaps of the epoch and sets the rate of the next one."""
         if phase.name == "search":
+            self._check_scores()
             context.log(
                 {
                     "swaps_requested": self._swaps.requested,
@@ -170,7 +167,7 @@ class LotteryJackpots(PruningMethod):
             self._swaps = Swaps(0, 0)
         self._epoch = epoch + 1
         if self._searching and context.unit == "channel":
-            self._explore(context)
+            self._exploration.begin(self.scores, context.seed + self._epoch)
         if self._optimizer is not None and phase.name != "freeze":
             for group in self._optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * self._epoch / phase.epochs))
@@ -190,7 +187,10 @@ class LotteryJackpots(PruningMethod):
         scores = {name: score.detach() for name, score in self.scores.items()}
         parts = {"score": scores, "mask": self.masks, "first": self._first_masks}
         tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
-        return tensors, {"epoch": self._epoch, "facts": dict(self._facts)}
+        credits = {name: credit.saved for name, credit in self._credits.items()}
+        measured = dict.fromkeys(sorted(self._norms.measured), 1.0)
+        values: JsonState = {"epoch": self._epoch, "credits": credits, "measured": measured}
+        return {**tensors, "sizes": self._exploration.sizes}, {**values, "facts": dict(self._facts)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
         """Restores what ``state_dict`` returned."""
@@ -200,7 +200,10 @@ class LotteryJackpots(PruningMethod):
 
         self.scores = {name: nn.Parameter(tensor) for name, tensor in part("score/").items()}
         self.masks, self._first_masks = part("mask/"), part("first/")
+        self._exploration.sizes = tensors["sizes"]
         self._epoch = int(cast("int", values["epoch"]))
+        self._credits = {name: Credit(saved) for name, saved in cast("dict[str, float]", values["credits"]).items()}
+        self._norms.measured = set(cast("dict[str, float]", values["measured"]))
         self._facts = dict(cast("dict[str, float]", values["facts"]))
 
     def _begin(self, context: MethodContext) -> None:
@@ -274,50 +277,55 @@ class LotteryJackpots(PruningMethod):
         mask, scores = self.masks[name], self.scores[name].detach()
         if name not in self._pools:
             rule = swapped if self._pattern is None else partial(swapped_groups, pattern=self._pattern)
-            self.masks[name], swaps = rule(mask, scores, share=share)
+            self.masks[name], swaps = rule(mask, scores, rounded_up(share))
             return swaps
         requested = executed = 0
-        for pool in self._pools[name]:
-            mask[pool], swaps = swapped(mask[pool], scores[pool], share)
+        for number, pool in enumerate(self._pools[name]):
+            credit = self._credits.setdefault(f"{name}/{number}", Credit())
+            mask[pool], swaps = swapped(mask[pool], scores[pool], credit.rule(share))
             requested, executed = requested + swaps.requested, executed + swaps.executed
         return Swaps(requested, executed)
 
     def _masked(self, name: str, weight: Tensor) -> Tensor:
-        return straight_through(weight, self.masks[name], self.scores[name])
+        scores = self.scores[name]
+        return straight_through(weight, self.masks[name], scores if self._searching else scores.detach())
+
+    def _attach_channels(self, context: MethodContext) -> None:
+        """Prepares the gates: one row of all channels per forward of the model."""
+        device = next(context.model.parameters()).device
+        self._pools, self._row = {}, None
+        self._exploration.end()
+        if self._searching:
+            self._pools = {group.name: [pool.to(device) for pool in _pools(group)] for group in context.groups}
+            self._exploration.begin(self.scores, context.seed + self._epoch)
+        context.on_leave(context.model.register_forward_pre_hook(self._forget_row).remove)
 
     def _gates(self) -> Tensor:
-        masks, scores = torch.cat(list(self.masks.values())), torch.cat(list(self.scores.values()))
-        gates = masks.to(scores)
-        if self._searching and self._explored is not None and torch.is_grad_enabled():  # no draws in measurements
-            gates = torch.where(*self._explored, gates)
-        return straight_through(torch.ones_like(scores), gates, scores)
+        if self._row is None or self._row.requires_grad != (self._searching and torch.is_grad_enabled()):
+            scores = self.scores if self._searching else {name: score.detach() for name, score in self.scores.items()}
+            self._row = self._exploration.row(self.masks, scores)
+            if self._row.requires_grad:
+                self._row.register_hook(self._forget_row)  # type: ignore[no-untyped-call]  # its graph is used up
+        return self._row
 
-    def _explore(self, context: MethodContext) -> None:
-        """Begins the draws of an epoch, the same in every process and however the epoch was come to."""
-        self._explored = None
-        if self._searching and self.options.exploration:
-            self._generator.manual_seed(context.seed + self._epoch)
-            self._draw()
+    def _forget_row(self, *_: object) -> None:
+        self._row = None
 
-    def _draw(self) -> None:
-        """Draws the channels to explore in the next step, and their gates."""
-        if not self.options.exploration:
-            return
-        count, device = sum(score.numel() for score in self.scores.values()), next(iter(self.scores.values())).device
-        draws = torch.rand((2, count), generator=self._generator).to(device)
-        self._explored = draws[0] < self.options.exploration, draws[1]
-
-    def _weigh_gradients(self) -> None:
-        """Leaves the gradients of explored channels, divided by their root mean square per group."""
-        sizes = [score.numel() for score in self.scores.values()]
-        everything = torch.ones(sum(sizes), dtype=torch.bool, device=next(iter(self.scores.values())).device)
-        explored = everything if self._explored is None else self._explored[0]
-        for score, own in zip(self.scores.values(), torch.split(explored, sizes)):
-            assert score.grad is not None
-            score.grad *= own
-            if self.options.normalise_gradients:
-                size = (score.grad.square().sum() / own.sum().clamp(min=1)).sqrt()
-                score.grad /= torch.where(size > 0, size, 1)
+    def _check_scores(self) -> None:
+        """Refuses masks that were never read in an epoch, and scores that are no numbers."""
+        if self._unread:
+            name = min(self._unread)
+            raise ConfigError(
+                f"'{name}' was never read through its mask ({len(self._unread)} such parameters), expected its layer "
+                "to use it in its own forward. Exclude layers that the loss does not use, and those whose weight "
+                "another module uses directly."
+            )
+        for name, score in self.scores.items():
+            if not bool(score.isfinite().all()):
+                raise TrainingError(
+                    f"The scores of '{name}' are not finite, expected finite ones. Lower learning_rate "
+                    f"({self.options.learning_rate}), or check loss and data."
+                )
 
     def _plan(self, context: MethodContext) -> PruningPlan:
         return plan_from_channels(context.groups, {name: ~mask.cpu().numpy() for name, mask in self.masks.items()})
@@ -364,12 +372,6 @@ def _patterned(weights: Mapping[str, Tensor], pattern: Pattern, model: nn.Module
 
 def _best_of_pattern(values: Tensor, pattern: Pattern) -> Tensor:
     return pattern.tensor(best_of_rows(pattern.rows(values, -torch.inf), pattern.keep), values.shape)
-
-
-def _live_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Returns the batch norms whose statistics follow the data; all where a host sets modes in its own loop only."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [norm for norm in norms if norm.track_running_stats and (norm.training or not model.training)]
 
 
 def _share_kept(first: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:
