@@ -1,21 +1,25 @@
 """Methods that decide by training or search, not by scores, as torch-pruning importances.
 
-Such a method runs once, on a copy of the model. What it would remove then scores below all that it keeps, so that
-torch-pruning, asked for the same share, selects exactly that.
+Such a method runs once, on a copy of the model, and is asked for as many channels as torch-pruning will take: it rounds
+in every layer (``local``) or once (``global``). What the method would remove then scores below all that it keeps, so
+that torch-pruning, asked for the same share, selects that. Where it cannot, a warning is logged: behind a padded
+shortcut, one index of torch-pruning stands for channels of several groups, and others are never asked for.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from nni_prune_ext.adapters.torch_pruning_groups import HostGroup
+from nni_prune_ext.adapters.torch_pruning_groups import HostGroup, written_place
 from nni_prune_ext.adapters.torch_pruning_importance import MethodImportance
-from nni_prune_ext.allocation import Limits, Scope, Target
+from nni_prune_ext.allocation import LayerLimit, Limits, Scope, Target
 from nni_prune_ext.allocation.goals import checked_scope
 from nni_prune_ext.errors import ConfigError, PluginError
 from nni_prune_ext.graph.channel_groups import ChannelGroups
@@ -28,6 +32,8 @@ from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
 from nni_prune_ext.training import Batches, LossFunction, TrainingSettings, cross_entropy, drive
 from nni_prune_ext.training.method_run import MethodRun
+
+_logger = logging.getLogger(__name__)
 
 
 class DecisionImportance(MethodImportance):
@@ -88,6 +94,7 @@ class DecisionImportance(MethodImportance):
         self.settings = settings or TrainingSettings()
         self.decision: dict[str, Tensor] | None = None
         self.facts: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._ignored = [part for layer in ignored_layers for part in layer.modules()]
 
     def __call__(self, group: HostGroup) -> Tensor | None:
@@ -108,6 +115,8 @@ class DecisionImportance(MethodImportance):
                 "expected the channels of then: a decision holds for one step. Set iterative_steps=1; for a further "
                 f"step make a new {type(self).__name__} and a new pruner."
             )
+        if scores is not None:
+            self._compare(group, scores)
         return scores
 
     @staticmethod
@@ -133,6 +142,7 @@ class DecisionImportance(MethodImportance):
         scores = {name: 1 + size / (1 + size) for name, size in sizes.items()}
         if not len(open_groups):
             return scores
+        target, limits = _as_host_counts(open_groups, self.pruning_ratio, self.scope)
         run = MethodRun(
             model=copy.deepcopy(self.model),
             batches_=() if self.batches is None else self.batches,
@@ -140,8 +150,8 @@ class DecisionImportance(MethodImportance):
             settings=self.settings,
             example_inputs=self.example_inputs,
             groups=open_groups,
-            targets=(Target("ratio", self.pruning_ratio),),
-            limits=Limits(max_ratio=1.0),
+            targets=(target,),
+            limits=limits,
             scope=self.scope,
             seed=self.seed,
         )
@@ -152,6 +162,37 @@ class DecisionImportance(MethodImportance):
         for name, gone in removed_channels(plan, open_groups).items():
             scores[name] -= torch.from_numpy(gone).float()
         return scores
+
+    def _compare(self, group: HostGroup, scores: Tensor) -> None:
+        """Warns, once per group, where torch-pruning will take other channels than the method decided."""
+        root, place = self._root(group), written_place(group[0].dep, self._names)
+        behind = self._numbers.behind(group, self._names)
+        if behind is None or place is None or root in self._warned or len(behind) != len(self._numbers.places[place]):
+            return  # asked for a part of a layer
+        self._warned.add(root)
+        values = scores.numpy()
+        if self.scope == "local":
+            distinct = len({tuple(channels) for channels in behind})
+            taken = np.argsort(values, kind="stable")[
+                : _host_count(distinct, self.pruning_ratio) * len(values) // distinct
+            ]
+        else:
+            taken = np.flatnonzero(values < 1)
+        known, first = np.unique(np.concatenate(behind)), self._numbers.first
+        decision = self.decision or {}
+        touched = [
+            name for name, start in first.items() if np.isin(start + np.arange(len(decision[name])), known).any()
+        ]
+        decided = {first[name] + int(k) for name in touched for k in (decision[name] < 1).nonzero()[:, 0]}
+        takes = {int(number) for index in taken for number in behind[index]}
+        if takes != decided:
+            _logger.warning(
+                "The method '%s' removes %d of %d channels of %s, but of group '%s' torch-pruning will take%s %d of %d "
+                "indices, which stand for %d channels, %d of them decided otherwise. Prune with nni_prune_ext.prune to "
+                "carry out the decision.",
+                self.spec.name, len(decided), sum(len(decision[name]) for name in touched), ", ".join(touched), root,
+                "" if self.scope == "local" else " about", len(taken), len(values), len(takes), len(takes - decided),
+            )  # fmt: skip
 
     def _held(self, groups: ChannelGroups) -> dict[str, str]:
         """Returns group → reason for the groups that torch-pruning leaves alone because a layer of them is ignored."""
@@ -184,6 +225,22 @@ def deciding_method(name: str) -> MethodSpec:
             "torch-pruning removes channels. Use it through nni_prune_ext.prune."
         )
     return spec
+
+
+def _as_host_counts(groups: ChannelGroups, ratio: float, scope: Scope) -> tuple[Target, Limits]:
+    """Returns what makes a plan remove as many channels as torch-pruning: of every group, or of all together."""
+    total = groups.num_channels
+    if scope == "global":
+        return Target("ratio", min(_host_count(total, ratio), total - len(groups)) / total), Limits(max_ratio=1.0)
+    counts = {g.name: min(_host_count(g.num_channels, ratio), g.num_channels - 1) for g in groups}
+    shares = {g.name: counts[g.name] / g.num_channels for g in groups}
+    layers = {name: LayerLimit(min_ratio=share, max_ratio=share) for name, share in shares.items()}
+    return Target("ratio", sum(counts.values()) / total), Limits(max_ratio=1.0, layers=layers)
+
+
+def _host_count(channels: int, ratio: float) -> int:
+    """Returns how many of so many channels torch-pruning takes; in floats, as it counts."""
+    return channels - int(channels * (1 - ratio))
 
 
 def _without_tuning(spec: MethodSpec, options: dict[str, object] | None) -> BaseModel:

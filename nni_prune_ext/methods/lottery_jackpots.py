@@ -152,8 +152,8 @@ class LotteryJackpots(PruningMethod):
 
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Notes the swaps of the epoch and sets the rate of the next one."""
+        self._check_scores()
         if phase.name == "search":
-            self._check_scores()
             context.log(
                 {
                     "swaps_requested": self._swaps.requested,

@@ -16,11 +16,13 @@ from torch import Tensor
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.mask_updates import (
     SWAP_SHARES,
+    Credit,
     Pattern,
     Swaps,
     best,
     best_of_rows,
     limited,
+    rounded_up,
     swapped,
     swapped_groups,
 )
@@ -73,7 +75,7 @@ def test_without_a_restriction_a_mask_becomes_the_exact_top_k(drawn: tuple[Tenso
     mask, scores = drawn
     before = mask.clone()
 
-    found, swaps = swapped(mask, scores, 1.0)
+    found, swaps = swapped(mask, scores, rounded_up(1.0))
 
     expected = top(mask, scores)
     assert expected == kept(found)
@@ -90,7 +92,7 @@ def test_a_share_swaps_that_many_of_the_requested_pairs_rounded_up_best_first(
     leaving = sorted(kept(mask) - top(mask, scores), key=lambda i: (float(scores[i]), i))
     pairs = math.ceil(share * len(entering))
 
-    found, swaps = swapped(mask, scores, share)
+    found, swaps = swapped(mask, scores, rounded_up(share))
 
     assert Swaps(len(entering), pairs) == swaps
     assert kept(mask) - set(leaving[:pairs]) | set(entering[:pairs]) == kept(found)
@@ -100,7 +102,7 @@ def test_a_share_swaps_that_many_of_the_requested_pairs_rounded_up_best_first(
 @given(masks_and_scores(most=7), SHARES)
 def test_no_other_mask_with_as_many_swaps_scores_higher(drawn: tuple[Tensor, Tensor], share: float) -> None:
     mask, scores = drawn
-    found, swaps = swapped(mask, scores, share)
+    found, swaps = swapped(mask, scores, rounded_up(share))
 
     totals = [float(scores[other].sum()) for other in _masks_at(mask, swaps.executed)]
 
@@ -121,7 +123,7 @@ def _masks_at(mask: Tensor, pairs: int) -> Iterator[Tensor]:
 def test_equal_scores_ask_for_no_swap() -> None:
     mask = torch.tensor([False, True, False, True])
 
-    found, swaps = swapped(mask, torch.full((4,), 0.5), 1.0)
+    found, swaps = swapped(mask, torch.full((4,), 0.5), rounded_up(1.0))
 
     assert (mask.tolist(), Swaps(0, 0)) == (found.tolist(), swaps)
 
@@ -133,28 +135,29 @@ def test_risen_scores_that_tie_with_kept_ones_change_nothing_and_those_above_are
     above = tied.clone()
     above[[60, 70]] = 2.0
 
-    assert (50, Swaps(0, 0)) == (int(swapped(mask, tied, 1.0)[0][:50].sum()), swapped(mask, tied, 1.0)[1])
-    found, swaps = swapped(mask, above, 1.0)
+    same, none = swapped(mask, tied, rounded_up(1.0))
+    assert (50, Swaps(0, 0)) == (int(same[:50].sum()), none)
+    found, swaps = swapped(mask, above, rounded_up(1.0))
 
     assert Swaps(2, 2) == swaps
     assert {*range(2, 50), 60, 70} == kept(found)
 
 
 def test_scores_count_with_their_sign() -> None:
-    found, _ = swapped(torch.tensor([True, False]), torch.tensor([-5.0, 1.0]), 1.0)
+    found, _ = swapped(torch.tensor([True, False]), torch.tensor([-5.0, 1.0]), rounded_up(1.0))
 
     assert [False, True] == found.tolist()
 
 
 @pytest.mark.parametrize("mask", [torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)])
 def test_a_mask_that_keeps_all_or_nothing_stays(mask: Tensor) -> None:
-    found, swaps = swapped(mask, torch.arange(4.0), 1.0)
+    found, swaps = swapped(mask, torch.arange(4.0), rounded_up(1.0))
 
     assert (mask.tolist(), Swaps(0, 0)) == (found.tolist(), swaps)
 
 
 def test_an_empty_mask_stays_empty() -> None:
-    found, swaps = swapped(torch.zeros(0, 3, dtype=torch.bool), torch.zeros(0, 3), 1.0)
+    found, swaps = swapped(torch.zeros(0, 3, dtype=torch.bool), torch.zeros(0, 3), rounded_up(1.0))
 
     assert ((0, 3), Swaps(0, 0)) == (tuple(found.shape), swaps)
 
@@ -162,7 +165,7 @@ def test_an_empty_mask_stays_empty() -> None:
 def test_a_mask_of_any_shape_is_swapped_over_all_of_its_dimensions() -> None:
     mask = torch.tensor([[True, False], [True, False]])
 
-    found, swaps = swapped(mask, torch.tensor([[1.0, 4.0], [3.0, 2.0]]), 1.0)
+    found, swaps = swapped(mask, torch.tensor([[1.0, 4.0], [3.0, 2.0]]), rounded_up(1.0))
 
     assert ([[False, True], [True, False]], Swaps(1, 1)) == (found.tolist(), swaps)
 
@@ -177,6 +180,78 @@ def test_a_mask_of_any_shape_is_swapped_over_all_of_its_dimensions() -> None:
 )
 def test_shares_of_swaps_fall_as_published_formulas_say(name: str, values: list[float]) -> None:
     assert values == pytest.approx([SWAP_SHARES[name](progress) for progress in (0, 0.25, 0.5, 0.75, 1)])
+
+
+# -- how many of the requested swaps are made --------------------------------------------------------------------
+
+
+@given(SHARES, st.integers(0, 1000))
+def test_rounding_up_makes_one_swap_at_least_unless_the_share_is_zero(share: float, requested: int) -> None:
+    made = rounded_up(share)(requested)
+
+    assert share * requested <= made < share * requested + 1
+    assert (made > 0) == (share > 0 and requested > 0)
+
+
+@given(SHARES, st.integers(1, 30), st.integers(0, 10**6))
+def test_a_credit_makes_the_share_on_average_and_never_more_than_is_requested(
+    share: float, most: int, seed: int
+) -> None:
+    requested = np.random.default_rng(seed).integers(0, most + 1, 400).tolist()
+    credit, made, asked = Credit(), 0, 0
+
+    for count in requested:
+        now = credit.rule(share)(count)
+        assert 0 <= now <= count
+        assert share < 1 or now == count
+        made, asked = made + now, asked + count
+        # Behind by less than one swap at every moment: nothing is made in advance, nothing is lost.
+        assert share * asked - 1 < made <= share * asked + 1e-6
+        assert share * asked - made == pytest.approx(credit.saved, abs=1e-6)
+
+
+def test_a_single_pending_swap_is_let_through_about_every_tenth_step_at_a_share_of_a_tenth() -> None:
+    credit = Credit()
+
+    made = [credit.rule(0.1)(1) for _ in range(100)]
+
+    assert [step for step, count in enumerate(made, 1) if count] == list(range(10, 101, 10))
+    assert [1] * 100 == [rounded_up(0.1)(1) for _ in range(100)]
+
+
+def test_no_swap_is_made_at_a_share_of_zero_whatever_was_saved() -> None:
+    credit = Credit()
+    for _ in range(9):
+        credit.rule(0.11)(1)
+    assert 0.99 == pytest.approx(credit.saved)
+
+    assert [0] * 50 == [credit.rule(0.0)(count) for count in range(50)]
+
+
+def test_a_credit_is_never_more_than_one_swap_and_lets_no_more_through_than_are_requested() -> None:
+    credit = Credit(5.0)
+
+    assert 3 == credit.rule(1.0)(3)
+    assert 1.0 == credit.saved
+
+
+def test_a_credit_goes_on_where_it_was_saved() -> None:
+    whole, first = Credit(), Credit()
+    expected = [whole.rule(0.3)(2) for _ in range(20)]
+
+    found = [first.rule(0.3)(2) for _ in range(7)]
+    second = Credit(first.saved)
+    found += [second.rule(0.3)(2) for _ in range(13)]
+
+    assert expected == found
+
+
+def test_only_as_many_pairs_are_swapped_as_the_rule_allows_best_first() -> None:
+    mask = torch.tensor([True, True, False, False])
+
+    found, swaps = swapped(mask, torch.tensor([1.0, 2.0, 3.0, 4.0]), lambda requested: requested - 1)
+
+    assert ([False, True, False, True], Swaps(2, 1)) == (found.tolist(), swaps)
 
 
 # -- N:M ---------------------------------------------------------------------------------------------------------
@@ -236,7 +311,7 @@ def test_a_share_of_the_asking_groups_gets_its_best_those_with_the_largest_gain_
         for place in new:
             expected[place] = True
 
-    found, swaps = swapped_groups(mask, scores, pattern, share)
+    found, swaps = swapped_groups(mask, scores, rounded_up(share), pattern=pattern)
 
     assert valid(mask, pattern)
     assert valid(found, pattern)
@@ -247,7 +322,7 @@ def test_a_share_of_the_asking_groups_gets_its_best_those_with_the_largest_gain_
 def test_equal_scores_ask_for_no_change_of_a_group() -> None:
     mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
 
-    found, swaps = swapped_groups(mask, torch.ones(2, 4), Pattern(2, 4), 1.0)
+    found, swaps = swapped_groups(mask, torch.ones(2, 4), rounded_up(1.0), pattern=Pattern(2, 4))
 
     assert (mask.tolist(), Swaps(0, 0)) == (found.tolist(), swaps)
 

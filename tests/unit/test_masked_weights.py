@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from nni_prune_ext.certificate import remove_channels, verify_groups
 from nni_prune_ext.errors import ConfigError
@@ -18,7 +17,15 @@ from nni_prune_ext.export.onnx_static import export_onnx
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.inputs import ExampleInputs, call_model, tensors_in
-from nni_prune_ext.masked_weights import channel_offsets, gate_consumers, gate_norms, read_through, straight_through
+from nni_prune_ext.masked_weights import (
+    Gates,
+    Readings,
+    channel_offsets,
+    gate_consumers,
+    gate_norms,
+    read_through,
+    straight_through,
+)
 from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.testing.method_bench import traces_on
@@ -78,15 +85,17 @@ def test_a_module_reads_another_value_while_it_runs_and_everything_else_sees_the
         seen.append(weight is parameter)
         return 0 * weight
 
-    handles = read_through(model, {"0.weight": reading})
+    found = read_through(model, {"0.weight": reading})
+    assert {"0.weight"} == found.unread
     output = model(torch.ones(1, 3))
 
+    assert set() == found.unread
     assert torch.equal(before["0.bias"], output[0])
     assert [True] == seen
     assert model[0].weight is parameter
     assert ["0.weight", "0.bias"] == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    for handle in handles:
+    for handle in found.handles:
         handle.remove()
     assert [] == traces_on(model)
     assert torch.equal(nn.functional.linear(torch.ones(1, 3), parameter, before["0.bias"]), model(torch.ones(1, 3)))
@@ -146,18 +155,39 @@ def test_a_copy_of_a_model_that_is_read_through_reads_its_own_parameters() -> No
     assert torch.equal(2 * model[0].weight.sum(1), model(torch.ones(1, 2))[0])
 
 
+class UsesWeightElsewhere(nn.Module):
+    """Reads the weight of a layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(nn.functional.linear(x, self.inner.weight))
+
+
+def test_a_parameter_that_no_module_of_its_own_reads_stays_unread() -> None:
+    model = UsesWeightElsewhere()
+
+    found = read_through(model, {"inner.weight": lambda weight: weight, "outer.weight": lambda weight: weight})
+    assert {"inner.weight", "outer.weight"} == found.unread
+    model(torch.ones(1, 2))
+
+    assert {"inner.weight"} == found.unread
+
+
 # -- channels gated ----------------------------------------------------------------------------------------------
 
 
 def half(groups: ChannelGroups) -> Tensor:
-    """Returns gates that close a random half of every group."""
+    """Returns gates that close a random half of every group, and a 1 behind them."""
     generator = torch.Generator().manual_seed(1)
     gates = []
     for group in groups:
         own = torch.ones(group.num_channels)
         own[torch.randperm(group.num_channels, generator=generator)[: group.num_channels // 2]] = 0
         gates.append(own)
-    return torch.cat(gates)
+    return torch.cat([*gates, torch.ones(1)])
 
 
 def gated_and_removed(
@@ -215,11 +245,13 @@ def test_open_gates_change_nothing_and_removed_handles_leave_nothing(
     model, x, groups = zoo_case
     gated = copy.deepcopy(model)
 
-    handles = gate_consumers(gated, groups, lambda: torch.ones(groups.num_channels))
+    found = gate_consumers(gated, groups, lambda: torch.ones(groups.num_channels + 1))
+    assert found.unread
 
     expected = outputs(model, x, training=False)
     assert all(torch.equal(a, b) for a, b in zip(expected, outputs(gated, x, training=False)))
-    for handle in handles:
+    assert set() == found.unread
+    for handle in found.handles:
         handle.remove()
     assert [] == traces_on(gated)
 
@@ -231,7 +263,7 @@ def test_every_gate_of_a_padded_shortcut_gets_a_gradient() -> None:
     model, x = with_statistics(toy.build()).eval(), toy.example_inputs()
     groups = verify_groups(model, x, trace_channel_groups(model, x))
     nn.init.zeros_(model[1][0].conv1.weight)
-    gates = torch.ones(groups.num_channels, requires_grad=True)
+    gates = torch.ones(groups.num_channels + 1, requires_grad=True)
     gate_consumers(model, groups, lambda: gates)
 
     model(x).square().sum().backward()
@@ -289,14 +321,14 @@ def test_a_network_with_padded_shortcuts_has_one_stream_group_per_stage() -> Non
 # -- where gates get gradients -----------------------------------------------------------------------------------
 
 
-def gradients(gate: Callable[..., Sequence[RemovableHandle]], gates: Tensor) -> Tensor:
+def gradients(gate: Callable[..., Readings], gates: Tensor) -> Tensor:
     """Returns the gradient of the cross entropy at gates on a chain of convolution, norm and ReLU, in training mode."""
     torch.manual_seed(0)
     model = network(conv(8, 8)).train()
     x, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
     groups = trace_channel_groups(model, x)
     own = gates.clone().requires_grad_()
-    gate(model, groups, lambda: own)
+    gate(model, groups, lambda: torch.cat([own, torch.ones(1)]))
 
     nn.functional.cross_entropy(model(x), labels).backward()
 
@@ -304,7 +336,7 @@ def gradients(gate: Callable[..., Sequence[RemovableHandle]], gates: Tensor) -> 
     return own.grad
 
 
-def gate_writers(model: nn.Module, groups: ChannelGroups, gates: Callable[[], Tensor]) -> list[RemovableHandle]:
+def gate_writers(model: nn.Module, groups: ChannelGroups, gates: Gates) -> Readings:
     """Scales the filters in front of batch norms: the place that is not to be chosen."""
     offsets = channel_offsets(groups)
     readings = {
@@ -352,5 +384,5 @@ def test_gates_behind_norms_are_refused_where_a_group_has_none() -> None:
     groups = trace_channel_groups(model, x)
 
     with pytest.raises(ConfigError, match=r"No norm follows the layers of group '0' \(3 such groups\)"):
-        gate_norms(model, groups, lambda: torch.ones(groups.num_channels))
+        gate_norms(model, groups, lambda: torch.ones(groups.num_channels + 1))
     assert [] == traces_on(model)

@@ -12,16 +12,18 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nni_prune_ext import prune, trace_channel_groups, verify_groups
-from nni_prune_ext.allocation import Limits
+from nni_prune_ext.allocation import LayerLimit, Limits
 from nni_prune_ext.errors import ConfigError, PluginError
 from nni_prune_ext.methods import lottery_jackpots
 from nni_prune_ext.methods.base import Batch
+from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.pipeline import method_spec
 from nni_prune_ext.plan import removed_channels
 from nni_prune_ext.registry import plugins
 from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
 from nni_prune_ext.testing.method_bench import BenchNet, modes_of
+from nni_prune_ext.testing.toy_blocks import conv
 from nni_prune_ext.torch_pruning import (
     CertifiedPruner,
     DecisionImportance,
@@ -80,7 +82,7 @@ def alike(expected: dict[str, Tensor], model: nn.Module) -> bool:
 @pytest.mark.parametrize("certified", [True, False])
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_both_pruners_remove_exactly_the_searched_channels(
-    certified: bool, scope: str, model: nn.Module, x: Tensor, batches: list[Batch]
+    certified: bool, scope: str, model: nn.Module, x: Tensor, batches: list[Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = own_result(model, x, batches, scope=scope)
     unsearched = own_result(model, x, batches, scope=scope, options={"control": "recalibrated"})
@@ -97,6 +99,83 @@ def test_both_pruners_remove_exactly_the_searched_channels(
     assert alike(expected, model)
     assert not alike(unsearched, model), "the search has swapped something"
     assert importance.facts["swaps_made"] > 0
+    assert [] == caplog.records
+
+
+def chain(first: int = 16, second: int = 32, third: int = 64) -> nn.Module:
+    """Returns three layers, by default of 16, 32 and 64 channels: a share of 0.3 is 5, 10 and 20 of each, 34 of all."""
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, first), nn.ReLU(), conv(first, second), nn.ReLU(), conv(second, third), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, 4))  # fmt: skip
+
+
+@pytest.mark.parametrize("certified", [True, False])
+@pytest.mark.parametrize(("ratio", "counts"), [(0.3, [5, 10, 20]), (0.45, [8, 15, 29])])
+def test_the_method_is_asked_for_as_many_channels_of_every_layer_as_torch_pruning_takes(
+    certified: bool, ratio: float, counts: list[int], x: Tensor, batches: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = chain()
+    names = ["0.0", "2.0", "4.0"]
+    shares = {name: count / width for name, count, width in zip(names, counts, (16, 32, 64))}
+    layers = {name: LayerLimit(min_ratio=share, max_ratio=share) for name, share in shares.items()}
+    expected = own_result(model, x, batches, target=f"ratio={sum(counts) / 112}", limits=Limits(layers=layers))
+    importance = searched(model, x, batches, pruning_ratio=ratio)
+    arguments = {"pruning_ratio": ratio, "ignored_layers": [model[8]]}
+
+    if certified:
+        CertifiedPruner(model, x, importance, **arguments).step()
+    else:
+        tp.pruner.BasePruner(model, (x,), importance, **{**FRESH, **arguments}).step()
+
+    assert importance.decision is not None
+    assert counts == [int((importance.decision[name] < 1).sum()) for name in names]
+    assert [16 - counts[0], 32 - counts[1], 64 - counts[2]] == [model[k][0].out_channels for k in (0, 2, 4)]
+    assert alike(expected, model)
+    assert [] == caplog.records
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.37, 0.5, 0.83, 0.9])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_no_ratio_leads_to_other_counts(
+    ratio: float, scope: str, x: Tensor, batches: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = chain(20, 30, 50)  # of 100 channels torch-pruning takes 91 where 0.9 are asked for: it counts in floats
+    importance = searched(model, x, batches, pruning_ratio=ratio, scope=scope, options={"control": "recalibrated"})
+
+    report = CertifiedPruner(
+        model, x, importance, pruning_ratio=ratio, global_pruning=scope == "global", ignored_layers=[model[8]]
+    ).step()
+
+    assert importance.decision is not None
+    decided = {name: int((scores < 1).sum()) for name, scores in importance.decision.items()}
+    assert {c.layer: decided[c.layer] for c in report.layers} == {c.layer: c.removed for c in report.layers}
+    assert sum(decided.values()) == report.removed
+    assert [] == caplog.records
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_where_torch_pruning_takes_other_channels_than_were_decided_a_warning_says_so_once(
+    scope: str, x: Tensor, batches: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=4)
+    importance = searched(model, x, batches, pruning_ratio=0.3, scope=scope, options={"search_epochs": 1})
+    graph = tp.DependencyGraph().build_dependency(model, (x,), verbose=False)
+    arguments = {"pruning_ratio": 0.3, "global_pruning": scope == "global", "ignored_layers": [model.linear]}
+
+    for group in graph.get_all_groups(ignored_layers=[model.linear], root_module_types=[nn.Conv2d]):
+        importance(group)
+    CertifiedPruner(model, x, importance, **arguments).step()
+
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "of 112 channels of conv1, layer2.0.conv2, layer3.0.conv2, but of group 'conv1'" in said
+    assert "of 16 indices" in said
+    if scope == "local":
+        assert "removes 35 of 112" in said
+        assert "will take 5 of 16 indices, which stand for 15 channels" in said
+        assert 11 == model.conv1.out_channels
+        assert 64 - 20 == model.layer3[0].conv1.out_channels
 
 
 def test_every_removed_channel_is_below_every_kept_one_and_magnitude_orders_both_sides(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,8 @@ from jackpot_bench import CHANNELS, LIVELY, WEIGHTS, Spy, counts, equal, nothing
 from torch import Tensor, nn
 
 from nni_prune_ext.allocation import Target
-from nni_prune_ext.methods.base import Batch, MethodContext
+from nni_prune_ext.mask_updates import Swaps
+from nni_prune_ext.methods.base import Batch, MethodContext, PruningMethod
 from nni_prune_ext.methods.lottery_jackpots import LOTTERY_JACKPOTS, LotteryJackpots
 from nni_prune_ext.methods.lottery_jackpots_options import JackpotOptions
 from nni_prune_ext.testing.method_bench import Bench, traces_on
@@ -58,7 +60,7 @@ def test_every_mask_keeps_its_count_at_every_step_and_the_masks_move(
 
     assert [found[0]] * 12 == found
     assert counts(spy._first_masks) == found[0]
-    assert outcome.facts["swaps_made"] > 5
+    assert outcome.facts["swaps_made"] > 3
     assert outcome.facts["share_of_first_mask_kept"] < 1
 
 
@@ -132,9 +134,33 @@ def test_swaps_are_logged_per_epoch_and_restricted_more_and_more(targets: tuple[
             assert outcome.facts[key] == sum(note[key] for note in found[restriction])
 
     assert [1, 0.75**4, 0.0625, 0.25**4] == pytest.approx([note["swap_share"] for note in found["fourth_power"]])
-    if targets == WEIGHTS:  # a channel group asks for one swap or two, and a part of one is one
-        assert all(note["swaps_made"] < 0.5 * note["swaps_requested"] for note in found["fourth_power"][2:])
+    late = found["fourth_power"][2:]
+    assert sum(note["swaps_made"] for note in late) < 0.2 * sum(note["swaps_requested"] for note in late)
     assert all(note["swaps_made"] == note["swaps_requested"] for note in found["one"])
+
+
+def test_channels_are_swapped_as_often_as_the_share_says_on_average_and_weights_rounded_up() -> None:
+    options = {**LIVELY, "search_epochs": 8, "gap": 0.0001}
+    steps: list[tuple[float, int, int]] = []
+
+    class Watched(Spy):
+        def _update(self, name: str, share: float) -> Swaps:
+            swaps = super()._update(name, share)
+            steps.append((share, *swaps))
+            return swaps
+
+    for targets in (CHANNELS, WEIGHTS):
+        steps.clear()
+        spy = Watched(JackpotOptions(**options), nothing)
+        drive(spy, replace(Bench.of(LOTTERY_JACKPOTS, {}), targets=targets).run())
+        made, asked = sum(own for *_, own in steps), sum(own for _, own, _ in steps)
+        exact = sum(share * requested for share, requested, _ in steps)
+        if targets == CHANNELS:
+            assert 0 <= exact - made <= len(spy._credits)
+            assert any(requested > own == 0 < share for share, requested, own in steps), "one swap is not rounded up"
+        else:
+            assert all(own == math.ceil(share * requested) for share, requested, own in steps)
+        assert 3 < made < 0.8 * asked
 
 
 # -- channels explored -------------------------------------------------------------------------------------------
@@ -147,7 +173,7 @@ def test_some_gates_are_drawn_in_every_step_and_only_these_channels_learn() -> N
     class Watched(Spy):
         def compute_loss(self, context: MethodContext, batch: Batch) -> Tensor:
             if self.phase == "search":
-                gates.append(torch.stack([self._gates().detach(), torch.cat(list(self.masks.values())).float()]))
+                gates.append(torch.stack([self._gates().detach()[:-1], torch.cat(list(self.masks.values())).float()]))
             return super().compute_loss(context, batch)
 
         def after_backward(self, context: MethodContext) -> None:
@@ -169,19 +195,6 @@ def test_some_gates_are_drawn_in_every_step_and_only_these_channels_learn() -> N
     assert [0.5, 12**-0.5] == pytest.approx([float(values.mean()), float(values.std())], abs=0.05)
 
 
-def test_gradients_of_explored_channels_have_a_mean_square_of_one_in_every_group() -> None:
-    sizes: list[float] = []
-
-    def seen(spy: Spy, context: MethodContext, phase: str) -> None:
-        for gradient in spy.gradients.values() if phase == "search" else ():
-            sizes.extend([float(gradient[gradient != 0].square().mean())] if bool(gradient.any()) else [])
-
-    searched(CHANNELS, {**LIVELY, "exploration": 0.5}, seen)
-
-    assert len(sizes) > 20
-    assert [1.0] * len(sizes) == pytest.approx(sizes, rel=1e-4)
-
-
 @UNITS
 def test_what_is_measured_during_the_search_is_the_masked_network_without_exploration(
     targets: tuple[Target, ...],
@@ -192,9 +205,10 @@ def test_what_is_measured_during_the_search_is_the_masked_network_without_explor
     def evaluate(model: nn.Module) -> float:
         model.eval()
         for explored in (True, False):
-            before, spy._explored = spy._explored, spy._explored if explored else None
+            own = spy._exploration
+            before, own._explored = own._explored, own._explored if explored else None
             twice.append(model(x))
-            spy._explored = before
+            own._explored = before
         return 0.0
 
     run = replace(Bench.of(LOTTERY_JACKPOTS, {}), targets=targets).run()
@@ -227,6 +241,101 @@ def test_the_freeze_phase_measures_what_a_recalibration_over_the_same_batches_me
     recalibrate_batchnorm(expected, bench.batches)
     for name, tensor in statistics(expected).items():
         torch.testing.assert_close(tensor, statistics(run.model)[name], rtol=1e-5, atol=1e-6)
+
+
+def alone(losses: list[Tensor], batches: Sequence[Batch], *, mode: bool) -> Callable[[MethodRun], object]:
+    """Returns what makes a run's epochs those of a host that sets modes once, and keeps graphs wherever there are."""
+
+    def install(run: MethodRun) -> None:
+        def epoch(method: PruningMethod) -> list[Tensor]:
+            for batch in batches:
+                loss = method.compute_loss(run, batch)
+                if run.optimizers:
+                    loss.backward()
+                    method.after_backward(run)
+                    for optimizer in run.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                else:
+                    losses.append(loss)
+                method.after_step(run)
+            return [loss.detach()]
+
+        run.model.train(mode)
+        run.host_epoch = epoch
+
+    return install
+
+
+@UNITS
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_statistics_stay_in_a_host_that_never_calls_train_and_are_measured_in_one_that_does(
+    targets: tuple[Target, ...], epochs: int
+) -> None:
+    bench = replace(Bench.of(LOTTERY_JACKPOTS, {}), targets=targets)
+    moved = {}
+    for mode in (False, True):
+        run = bench.run()
+        generator = torch.Generator().manual_seed(3)
+        for name, buffer in run.model.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 1.5, generator=generator)
+        before = statistics(run.model)
+        alone([], bench.batches, mode=mode)(run)
+        drive(LotteryJackpots(JackpotOptions(**LIVELY, freeze_epochs=epochs)), run)
+        moved[mode] = [not torch.equal(before[name], tensor) for name, tensor in statistics(run.model).items()]
+
+    assert not any(moved[False])
+    assert all(moved[True])
+
+
+@UNITS
+def test_scores_get_a_gradient_in_the_search_only(targets: tuple[Target, ...]) -> None:
+    bench, losses = replace(Bench.of(LOTTERY_JACKPOTS, {}), targets=targets), list[Tensor]()
+    found: dict[str, list[bool]] = {"search": [], "freeze": [], "tune": []}
+
+    class Watched(Spy):
+        def compute_loss(self, context: MethodContext, batch: Batch) -> Tensor:
+            for score in self.scores.values():
+                score.grad = None
+            loss = super().compute_loss(context, batch)
+            if loss.requires_grad:
+                loss.backward(retain_graph=True)
+            found[self.phase].append(any(score.grad is not None for score in self.scores.values()))
+            return loss
+
+    run = bench.run()
+    alone(losses, bench.batches, mode=True)(run)
+    drive(Watched(JackpotOptions(**{**LIVELY, "tune_epochs": 1}), nothing), run)
+
+    assert {"search": [True] * 9, "freeze": [False] * 3, "tune": [False] * 3} == found
+    assert [False] * 3 == [loss.requires_grad for loss in losses]
+
+
+def test_a_norm_that_the_user_keeps_in_evaluation_stays_while_the_others_are_measured_anew() -> None:
+    bench = replace(Bench.of(LOTTERY_JACKPOTS, {}), targets=WEIGHTS)
+    run = bench.run()
+    kept = run.model.inside[1].eval().requires_grad_(False)
+    nn.init.uniform_(kept.running_mean)
+    before = statistics(kept)
+
+    outcome = drive(LotteryJackpots(JackpotOptions(**LIVELY)), run)
+
+    expected = copy.deepcopy(run.model)
+    for name, mask in (outcome.weight_masks or {}).items():
+        expected.get_parameter(name).data.mul_(mask)
+    expected.train()
+    for name, module in expected.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(name != "inside.1")
+            if name != "inside.1":
+                module.reset_running_stats()
+                module.momentum = None
+    with torch.no_grad():
+        for images, _ in bench.batches:
+            expected(images)
+    assert equal(before, statistics(kept))
+    assert equal(statistics(expected), statistics(run.model))
 
 
 @UNITS

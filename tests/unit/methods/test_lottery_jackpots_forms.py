@@ -329,18 +329,6 @@ def test_the_search_finds_channels_that_were_hidden() -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 
-class UsesWeightElsewhere(nn.Module):
-    """Reads the weight of a convolution without calling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.inner, self.head = conv(3, 8), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.conv2d(self.stem(x), self.inner.weight, self.inner.bias)
-        return self.head(functional.relu(y).mean((2, 3)))
-
-
 def plain() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))  # fmt: skip
@@ -365,9 +353,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str | list[str], dict[str, obj
     ),
     "two kinds of targets": (plain, ["sparsity=0.5", "macs=0.5"], {}, TargetError, "sparsity=0.5, macs=0.5 cannot be"),
     "gates behind norms that are not there": (plain, "macs=0.5", {"gate": "norms"}, ConfigError, "No norm follows"),
-    "a weight that no forward reads": (
-        UsesWeightElsewhere, "sparsity=0.5", {}, ConfigError, "No gradient reaches the mask of 'inner.weight'",
-    ),
     "an unknown option": (plain, "macs=0.5", {"rho": 1}, ConfigError, "'rho'"),
 }  # fmt: skip
 

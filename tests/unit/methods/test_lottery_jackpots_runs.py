@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jackpot_bench import CHANNELS, LIVELY, WEIGHTS, counts, equal, parameters, searched, statistics
+from jackpot_bench import CHANNELS, LIVELY, WEIGHTS, Spy, counts, equal, nothing, parameters, searched, statistics
+from torch import nn
 
 from nni_prune_ext.allocation import Target
 from nni_prune_ext.checkpoints import Checkpoints
@@ -87,22 +88,25 @@ LONG = {**LIVELY, "search_epochs": 2, "freeze_epochs": 2, "tune_epochs": 2}
 def test_a_run_stopped_at_any_epoch_of_any_phase_ends_bit_for_bit_the_same(
     targets: tuple[Target, ...], options: Mapping[str, object], tmp_path: Path
 ) -> None:
-    def run_with(checkpoints: Checkpoints | None) -> tuple[CountedRun, Outcome]:
+    def run_with(checkpoints: Checkpoints | None) -> tuple[Spy, CountedRun, Outcome]:
         run = replace(Bench.of(LOTTERY_JACKPOTS, {}), targets=targets).run(checkpoints=checkpoints)
-        return run, drive(LotteryJackpots(JackpotOptions(**options)), run)
+        spy = Spy(JackpotOptions(**options), nothing)
+        return spy, run, drive(spy, run)
 
-    expected, outcome = run_with(None)
+    method, expected, outcome = run_with(None)
     run_with(counting := StoppingCheckpoints(tmp_path / "all", stop_at=0))
     for place in range(1, counting.saves + 1):
         folder = tmp_path / str(place)
         with pytest.raises(Interrupted):
             run_with(StoppingCheckpoints(folder, stop_at=place))
-        found, again = run_with(Checkpoints(folder, {}))
+        resumed, found, again = run_with(Checkpoints(folder, {}))
 
         assert (outcome.plan, outcome.facts, expected.notes) == (again.plan, again.facts, found.notes), place
         assert expected.applied == found.applied
         assert equal(expected.model.state_dict(), found.model.state_dict()), place
         assert equal(outcome.weight_masks or {}, again.weight_masks or {}), place
+        assert equal(method.state_dict()[0], resumed.state_dict()[0]), place
+        assert method.state_dict()[1] == resumed.state_dict()[1], place
     assert counting.saves >= 7
 
 
@@ -114,15 +118,23 @@ def test_the_saved_state_holds_scores_and_masks_by_group_or_weight_and_a_fresh_m
     tensors, values = spy.state_dict()
 
     names = [group.name for group in run.groups] if targets == CHANNELS else list(outcome.weight_masks or {})
-    assert {f"{part}/{name}" for part in ("score", "mask", "first") for name in names} == set(tensors)
+    assert {f"{part}/{name}" for part in ("score", "mask", "first") for name in names} | {"sizes"} == set(tensors)
     for name in names:
         assert torch.equal(spy.scores[name], tensors[f"score/{name}"])
         assert tensors[f"score/{name}"].shape == tensors[f"mask/{name}"].shape
         assert not tensors[f"score/{name}"].requires_grad
+    norms = {name for name, module in run.model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert norms == spy._norms.measured == set(values["measured"])
+    if targets == CHANNELS:
+        assert bool((tensors["sizes"] > 0).all())
+        assert (2, len(names)) == tensors["sizes"].shape
+        assert any(0 < credit.saved < 1 for credit in spy._credits.values())
     fresh = LotteryJackpots(spy.options)
     fresh.load_state_dict(tensors, values)
     assert equal(spy.masks, fresh.masks)
     assert equal(dict(spy.scores), dict(fresh.scores))
+    assert spy.state_dict()[1] == fresh.state_dict()[1]
+    assert torch.equal(spy._exploration.sizes, fresh._exploration.sizes)
     again = fresh.finish(run)
     assert (outcome.plan, outcome.facts) == (again.plan, again.facts)
 
