@@ -277,7 +277,7 @@ class Bench:
             "weights_frozen": frozen,  # right after the search, before anything is masked or tuned
         }
         if masks and cell.arm in ("search", "random_start", "unrestricted"):
-            row["overlap"] = self.overlaps(masks, train, cell.seed)
+            row["overlap"] = self.overlaps(masks, method._first_masks, train, cell.seed)
         if tunes:
             logs = fit(
                 model, train, epochs=total - method.options.search_epochs, settings=self.settings,
@@ -287,13 +287,13 @@ class Bench:
             row |= {**self._accuracies(model, "T"), "tune_epochs": [vars(log) for log in logs]}
         return {**row, **since(began)}
 
-    def overlaps(self, masks: Mapping[str, Tensor], train: Batches, seed: int) -> dict:
-        """Returns, per layer, the overlap (IoU) of masks with those of magnitude, SNIP and chance at equal counts."""
+    def overlaps(self, masks: Mapping[str, Tensor], first: Mapping[str, Tensor], train: Batches, seed: int) -> dict:
+        """Returns, per layer, the overlap (IoU) of masks with magnitude's, SNIP's, a draw and the first mask."""
         model = copy.deepcopy(self.dense).train()
         for images, labels in itertools.islice(train, 8):
             functional.cross_entropy(model(images.to(self.device)), labels.to(self.device)).backward()
         weights = dict(model.named_parameters())
-        generator, found = torch.Generator().manual_seed(seed), {}
+        generator, found = torch.Generator().manual_seed(seed + 1_000_003), {}  # not the draw that a search begins with
         for name, mask in masks.items():
             weight, keep = weights[name], int(mask.sum())
             density = keep / mask.numel()
@@ -301,6 +301,7 @@ class Bench:
                 "magnitude": best(weight.detach().abs(), keep),
                 "snip": best((weight.grad * weight.detach()).abs(), keep),
                 "random": best(torch.rand(mask.shape, generator=generator).to(mask.device), keep),
+                "start": first[name],
             }
             found[name] = {kind: float((mask & other).sum() / (mask | other).sum()) for kind, other in others.items()}
             found[name] |= {"chance": density / (2 - density), "density": density}
@@ -554,11 +555,12 @@ def _overlap(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) ->
     if rows:
         layers = [layer for row in rows for layer in row.values()]
         means = {kind: statistics.fmean(layer[kind] for layer in layers) for kind in layers[0]}
-        wins = sum(layer["magnitude"] >= max(layer["snip"], layer["random"]) for layer in layers)
+        wins = sum(layer["magnitude"] >= max(layer["snip"], layer["chance"]) for layer in layers)
         yield (
             f"* {target}: a mask searched from a random one overlaps (IoU, mean over layers) with magnitude "
-            f"{means['magnitude']:.3f}, SNIP {means['snip']:.3f}, another random one {means['random']:.3f}, chance "
-            f"{means['chance']:.3f}; magnitude is the most similar in {wins} of {len(layers)} layers"
+            f"{means['magnitude']:.3f}, SNIP {means['snip']:.3f}, chance {means['chance']:.3f}"
+            + (f", the mask that it began with {means['start']:.3f}" if "start" in means else "")
+            + f"; magnitude is the most similar in {wins} of {len(layers)} layers"
         )
 
 
