@@ -506,6 +506,8 @@ def table(rows: list[dict]) -> Iterator[str]:
             f"| {target} | {arm} | {_accuracies(cells, 'S_test')} | {_accuracies(cells, 'T_test')} | {made:,.0f} | "
             f"{first.get('macs', 1):.3f} | {first.get('sparsity', 0):.3f} |"
         )
+    if all(arm == "dense" for _, arm in kept):
+        return
     yield "\nDifferences in points at the same seed (order of data and draws; one base), mean ± standard deviation:\n"
     for target in dict.fromkeys(target for target, arm in kept if arm != "dense"):
         pairs = [("search", "S", "recalibrated", "S"), ("search", "S", "random_start", "S"),
