@@ -524,6 +524,7 @@ def table(rows: list[dict]) -> Iterator[str]:
                 yield f"* {target}: {arm} ({kind}) − {other}: {statistics.fmean(gaps):+.2f}{spread} ({len(gaps)} seeds)"
         yield from _speed(target, kept)
         yield from _overlap(target, kept)
+    yield from _restriction(kept)
 
 
 def _accuracies(cells: Mapping[int, dict], key: str) -> str:
@@ -546,6 +547,25 @@ def _speed(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> I
             f"epochs; from magnitude {before} ({100 * row['val_at_start']:.2f} % at the start, {100 * curve[0]:.2f} % "
             "after the first)"
         )
+
+
+def _restriction(kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator[str]:
+    """Yields loss and swaps of every epoch of the search, with and without the restriction."""
+    rows = [
+        (target, arm, seed, row)
+        for (target, arm), cells in kept.items()
+        if arm in ("search", "unrestricted") and (target, "unrestricted") in kept
+        for seed, row in cells.items()
+    ]
+    if rows:
+        yield "\nThe restriction on (search) and off (unrestricted), epoch by epoch:\n"
+        yield "| target | arm | seed | training loss | swaps made | of requests, per step |"
+        yield "|---|---|---|---|---|---|"
+    for target, arm, seed, row in rows:
+        losses = [f"{log['loss']:.3f}" for log in row["epochs"] if log["phase"] == "search"]
+        made = [f"{note['swaps_made']:,.0f}" for note in row["notes"]]
+        asked = [f"{note['swaps_requested']:,.0f}" for note in row["notes"]]
+        yield f"| {target} | {arm} | {seed} | {' '.join(losses)} | {' '.join(made)} | {' '.join(asked)} |"
 
 
 def _overlap(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator[str]:
