@@ -292,12 +292,16 @@ def bench() -> Bench:
     return Bench.of(L1, {})
 
 
+VALUES = [0.3, 0.4, 0.2, 0.1]
+"""What validation says after each epoch: two of the method, two of the recovery."""
+
+
 def pruned(bench: Bench, loader: str, checkpoints: Checkpoints | None = None, **changes: object) -> PruneResult:
     model = BenchNet()
     model.load_state_dict(bench.model.state_dict())
     arguments: dict[str, object] = {
         "method": "taylor", "target": "macs=0.6", "options": {"steps": 3, "epochs_per_step": 1, "batches": 2},
-        "recover_epochs": 2, "settings": SETTINGS, "evaluate": metrics([0.2, 0.1]), "groups": bench.groups,
+        "recover_epochs": 2, "settings": SETTINGS, "evaluate": metrics(VALUES), "groups": bench.groups,
     }  # fmt: skip
     arguments |= {"train_batches": BENCH_LOADERS[loader](), "checkpoints": checkpoints, **changes}
     return prune(model, bench.example, **arguments)
@@ -324,7 +328,7 @@ def test_a_pruning_stopped_anywhere_ends_like_one_that_never_stopped(bench: Benc
     assert 8 == counting.saves  # two in each of two cuts with training, one in the last, three in the recovery
     for stop in range(1, counting.saves + 1):
         folder = tmp_path / str(stop)
-        remaining = metrics([0.2, 0.1][max(stop - 6, 0) :])
+        remaining = metrics(VALUES[sum(save <= stop for save in (2, 4, 7, 8)) :])  # these saves end an epoch
         another_process(2 * stop)
         with pytest.raises(Interrupted):
             pruned(bench, loader, StoppingStages(folder, stop_at=stop))
@@ -372,7 +376,7 @@ def test_weight_masks_and_facts_survive_an_interruption_in_the_recovery(bench: B
     with pytest.raises(Interrupted):
         pruned(bench, "torch", StoppingStages(tmp_path, stop_at=4), **changes)
 
-    found = pruned(bench, "torch", Checkpoints(tmp_path, {}), **{**changes, "evaluate": metrics([0.1])})
+    found = pruned(bench, "torch", Checkpoints(tmp_path, {}), **{**changes, "evaluate": metrics(VALUES[2:])})
 
     assert agree(expected, found)
     assert expected.outcome.facts == found.outcome.facts
