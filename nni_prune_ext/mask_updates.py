@@ -112,7 +112,7 @@ def best(scores: Tensor, keep: int) -> Tensor:
 
 def rounded_up(share: float) -> Allowed:
     """Returns the authors' rule: of ``n`` requested swaps, ``ceil(share × n)`` are made, at least one."""
-    return lambda requested: math.ceil(share * requested)
+    return lambda requested: _rounded_up(share, requested)
 
 
 class Credit:
@@ -214,11 +214,17 @@ def limited(old: Tensor, proposed: Tensor, scores: Tensor, share: float) -> Tens
     """
     entering = _ordered(scores, (~old & proposed).nonzero()[:, 0]).flip(0)
     leaving = _ordered(scores, (old & ~proposed).nonzero()[:, 0])
-    made = math.ceil(share * min(len(entering), len(leaving)))
+    made = _rounded_up(share, min(len(entering), len(leaving)))
     result = old.clone()
     result[entering[: made + max(len(entering) - len(leaving), 0)]] = True
     result[leaving[: made + max(len(leaving) - len(entering), 0)]] = False
     return result
+
+
+def _rounded_up(share: float, count: int) -> int:
+    """Returns ``ceil(share × count)``; a product that a rounding error lifts above a whole number is that number."""
+    product = share * count
+    return min(math.ceil(product - 1e-12 * max(product, 1.0)) or int(product > 0), count)
 
 
 def _candidates(mask: Tensor, values: Tensor, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,18 @@ def straight_through(weight: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
     return cast("Tensor", _StraightThrough.apply(weight, mask, scores))  # type: ignore[no-untyped-call]
 
 
+class _AsIfOpen(torch.autograd.Function):
+    """``tensor × factor``, whose gradient by the tensor is that of the tensor itself."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: Tensor) -> Tensor:
+        return tensor * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 @dataclass(frozen=True)
 class Readings:
     """What was put onto a model.
@@ -104,12 +116,17 @@ def channel_offsets(groups: ChannelGroups) -> dict[str, int]:
     return offsets
 
 
-def gate_consumers(model: nn.Module, groups: ChannelGroups, gates: Gates) -> Readings:
+def gate_consumers(model: nn.Module, groups: ChannelGroups, gates: Gates, *, learn_closed: bool = False) -> Readings:
     """Scales every channel by its gate in whatever reads it.
 
     Where a gate is 0, nothing behind it can tell its channel from a removed one, in training and evaluation mode and
     behind any activation; a gradient reaches the gate all the same. (Norms that mix channels, such as LayerNorm, still
     take their statistics over all of them.)
+
+    Args:
+        learn_closed: hands weights that read a closed channel the gradient that they would get at this point if it were
+            open, so that they go on learning (as in Lin et al., "Dynamic Model Pruning with Feedback", 2020,
+            https://arxiv.org/abs/2006.07253). Gates get no gradient then.
     """
     parameters = dict(model.named_parameters())
     weights: dict[str, dict[int, Tensor]] = {}
@@ -121,7 +138,7 @@ def gate_consumers(model: nn.Module, groups: ChannelGroups, gates: Gates) -> Rea
             place = shortcuts.setdefault(member.tensor.rpartition(".")[0], _all_open(groups, member))
         place[torch.from_numpy(member.index)] = channels
     device = next(model.parameters()).device
-    found = read_through(model, {name: _gated(gates, places, device) for name, places in weights.items()})
+    found = read_through(model, {name: _gated(gates, places, device, learn_closed) for name, places in weights.items()})
     for name, place in shortcuts.items():
         reading = _gated(gates, {1: place}, device)
         found.handles.append(
@@ -173,13 +190,18 @@ def _all_open(groups: ChannelGroups, member: GroupMember) -> Tensor:
     return torch.full((groups.shapes[member.tensor][member.dim],), groups.num_channels)
 
 
-def _gated(gates: Gates, places: Mapping[int, Tensor], device: torch.device) -> Reading:
+def _gated(gates: Gates, places: Mapping[int, Tensor], device: torch.device, learn_closed: bool = False) -> Reading:
     there = {dim: place.to(device) for dim, place in places.items()}
 
     def reading(tensor: Tensor) -> Tensor:
         values = gates().to(tensor.dtype)
         for dim, place in there.items():
-            tensor = tensor * values[place].reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            factor = values[place].reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            tensor = (
+                cast("Tensor", _AsIfOpen.apply(tensor, factor))  # type: ignore[no-untyped-call]
+                if learn_closed
+                else tensor * factor
+            )
         return tensor
 
     return reading

@@ -23,6 +23,7 @@ L2NormPruner = pruner_for("l2")
 FPGMPruner = pruner_for("fpgm")
 RandomPruner = pruner_for("random")
 LotteryJackpotsPruner = pruner_for("lottery_jackpots")
+PSAPPruner = pruner_for("psap")
 
 LinearPruner = scheduled_pruner_for("linear")
 AGPPruner = scheduled_pruner_for("agp")
@@ -31,6 +32,7 @@ ASFPPruner = scheduled_pruner_for("asfp")
 OneShotPruner = scheduled_pruner_for("one_shot")
 UniformRatioPruner = scheduled_pruner_for("uniform_ratio")
 ReplacePruner = scheduled_pruner_for("replace")
+PSAPRatioPruner = scheduled_pruner_for("psap_ratio")
 ShortRestrictionPruner = scheduled_pruner_for("short_restriction")
 CosineShortRestrictionPruner = scheduled_pruner_for("short_restriction_cosine")
 
@@ -48,6 +50,8 @@ __all__ = [
     "MethodPruner",
     "MovementPruner",
     "OneShotPruner",
+    "PSAPPruner",
+    "PSAPRatioPruner",
     "RandomPruner",
     "ReplacePruner",
     "SchedulerPruner",

@@ -28,6 +28,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = MappingProxyType(
                 "l1": "nni_prune_ext.methods.baselines:L1",
                 "l2": "nni_prune_ext.methods.baselines:L2",
                 "lottery_jackpots": "nni_prune_ext.methods.lottery_jackpots:LOTTERY_JACKPOTS",
+                "psap": "nni_prune_ext.methods.psap:PSAP",
                 "random": "nni_prune_ext.methods.baselines:RANDOM",
                 "taylor": "nni_prune_ext.methods.baselines:TAYLOR",
             }
@@ -39,6 +40,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = MappingProxyType(
                 "cosine": "nni_prune_ext.schedules:COSINE",
                 "linear": "nni_prune_ext.schedules:LINEAR",
                 "one_shot": "nni_prune_ext.schedules:ONE_SHOT",
+                "psap_ratio": "nni_prune_ext.methods.psap_ratios:PSAP_RATIO",
                 "replace": "nni_prune_ext.schedules:REPLACE",
                 "short_restriction": "nni_prune_ext.schedules:SHORT_RESTRICTION",
                 "short_restriction_cosine": "nni_prune_ext.schedules:SHORT_RESTRICTION_COSINE",

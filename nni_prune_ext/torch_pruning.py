@@ -21,7 +21,11 @@ from nni_prune_ext.adapters.torch_pruning_importance import (
     RandomImportance,
     TaylorImportance,
 )
-from nni_prune_ext.adapters.torch_pruning_named_importances import LotteryJackpotsImportance, importance_for
+from nni_prune_ext.adapters.torch_pruning_named_importances import (
+    LotteryJackpotsImportance,
+    PSAPImportance,
+    importance_for,
+)
 from nni_prune_ext.adapters.torch_pruning_pruner import CertifiedPruner
 from nni_prune_ext.adapters.torch_pruning_report import LayerChange, StepReport
 from nni_prune_ext.adapters.torch_pruning_schedules import agp, asfp, cosine, linear, one_shot, schedule_for
@@ -35,6 +39,7 @@ __all__ = [
     "LayerChange",
     "LotteryJackpotsImportance",
     "MethodImportance",
+    "PSAPImportance",
     "RandomImportance",
     "StepReport",
     "TaylorImportance",

@@ -29,6 +29,7 @@ from torch.nn import functional
 import nni_prune_ext as npe
 from nni_prune_ext.certificate import remove_channels, verify_groups
 from nni_prune_ext.checkpoints import Checkpoints, fingerprint
+from nni_prune_ext.data.batches import EPOCH_STRIDE
 from nni_prune_ext.evaluation import environment
 from nni_prune_ext.mask_updates import best
 from nni_prune_ext.methods.lottery_jackpots import LotteryJackpots
@@ -55,8 +56,16 @@ ARMS: Mapping[str, Mapping[str, object]] = {
     "unrestricted": {"control": "unrestricted"},
     "cosine": {"restriction": "cosine"},
     "random_start": {"control": "random_start"},
+    "random_start_unrestricted": {"initialisation": "random", "restriction": "one"},
+    "long_tune": {},
+    "tuned_short": {"control": "tuned"},
 }
-"""Arm → options of the method; the arm ``dense`` prunes nothing. What a short search saves is tuned longer."""
+"""Arm → options of the method; the arm ``dense`` prunes nothing. What a short search saves is tuned longer.
+
+Two arms ask why a search loses: ``long_tune`` tunes what was searched for as many epochs as ``tuned`` has, on top of
+the search; ``tuned_short`` tunes the magnitude mask for no longer than ``search`` tunes its own.
+"""
+TUNING_ARMS = ("search", "short_search", "tuned", "long_tune", "tuned_short")
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ PLANS: Mapping[str, Plan] = {
     "weights": Plan(
         "resnet20", 5, 2,
         (
-            *crossed(["sparsity=0.9"], ALL, 2),
+            *crossed(["sparsity=0.9"], [*ALL, "random_start_unrestricted"], 2),
             *crossed(["sparsity=0.8"], ["recalibrated", "tuned", "search"], 2),
         ),
         limit=12_000,
@@ -118,7 +127,7 @@ PLANS: Mapping[str, Plan] = {
         (
             *crossed(["macs=0.5", "macs=0.7"], ["search", "recalibrated", "tuned"], 3),
             *crossed(["macs=0.5"], ["unrestricted", "random_start"], 2),
-            *crossed(["macs=0.5"], ["short_search"], 3),
+            *crossed(["macs=0.5"], ["short_search", "long_tune", "tuned_short"], 3),
         ),
         limit=12_000,
     ),
@@ -136,7 +145,11 @@ PLANS: Mapping[str, Plan] = {
     ),
     "imagenet": Plan(
         "torchvision:resnet50", 5, 10,
-        (*crossed(["none"], ["dense"], 1), *crossed(["sparsity=0.9"], ["recalibrated", "tuned", "search"], 1)), 256,
+        (
+            *crossed(["none"], ["dense"], 2),
+            *(Cell("sparsity=0.9", arm, seed, {"score_decay": 1e-4}) for seed in range(2) for arm in ALL),
+        ),
+        256,
     ),
 }  # fmt: skip
 
@@ -208,12 +221,31 @@ class FolderData:
 
     def train(self, seed: int) -> Batches:
         """Returns shuffled, varied training batches."""
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.utils.data.Subset(self.images, self.chosen)
-        return self._loader(chosen, shuffle=True, generator=generator, drop_last=len(chosen) > self.batch)
+        return _FolderEpochs(self, torch.utils.data.Subset(self.images, self.chosen), seed)
 
     def _loader(self, images: torch.utils.data.Dataset, **how: object) -> Batches:
         return torch.utils.data.DataLoader(images, self.batch, num_workers=self.workers, pin_memory=True, **how)
+
+
+class _FolderEpochs:
+    """Batches whose order depends on seed and epoch only, however often and whoever looks at them in between."""
+
+    def __init__(self, data: FolderData, images: torch.utils.data.Subset, seed: int) -> None:
+        self.data, self.images, self.seed, self.epoch = data, images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Is told by the loop which epoch begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Counts the batches."""
+        return max(len(self.images) // self.data.batch, 1)
+
+    def __iter__(self) -> Iterator[object]:
+        """Yields the batches of the epoch."""
+        generator = torch.Generator().manual_seed(self.seed * EPOCH_STRIDE + self.epoch)
+        last = len(self.images) > self.data.batch
+        return iter(self.data._loader(self.images, shuffle=True, generator=generator, drop_last=last))
 
 
 class Bench:
@@ -248,9 +280,9 @@ class Bench:
                 checkpoints=self._checkpoints(cell), seed=cell.seed,
             )  # fmt: skip
             return {**start, **self._accuracies(model, "T"), "epochs": [vars(log) for log in logs], **since(began)}
-        tunes = cell.arm in ("search", "short_search", "tuned") and self.plan.tune > 0
+        tunes = cell.arm in TUNING_ARMS and self.plan.tune > 0
         epochs = {"search_epochs": self.plan.search, "tune_epochs": 0, "freeze_epochs": 1}
-        searched = "recalibrated" if cell.arm == "tuned" else ARMS[cell.arm].get("control", "none")
+        searched = "recalibrated" if cell.arm in ("tuned", "tuned_short") else ARMS[cell.arm].get("control", "none")
         chosen = {**epochs, **ARMS[cell.arm], **cell.options, "control": searched}
         method = LotteryJackpots(JackpotOptions.model_validate(chosen))
         run = MethodRun(
@@ -276,16 +308,21 @@ class Bench:
             "sparsity": 1 - mean_of(masks) if masks else 0.0,
             "weights_frozen": frozen,  # right after the search, before anything is masked or tuned
         }
-        if masks and cell.arm in ("search", "random_start", "unrestricted"):
+        if masks and cell.arm not in ("recalibrated", "tuned"):
             row["overlap"] = self.overlaps(masks, method._first_masks, train, cell.seed)
         if tunes:
             logs = fit(
-                model, train, epochs=total - method.options.search_epochs, settings=self.settings,
+                model, train, epochs=self._tuning_epochs(cell.arm, method.options.search_epochs),
+                settings=self.settings,
                 weight_masks=masks, watcher=Told(f"{cell.key} tune"), seed=cell.seed, name="tune",
                 checkpoints=self._checkpoints(cell, "tune"),
             )  # fmt: skip
             row |= {**self._accuracies(model, "T"), "tune_epochs": [vars(log) for log in logs]}
         return {**row, **since(began)}
+
+    def _tuning_epochs(self, arm: str, searched: int) -> int:
+        total = self.plan.search + self.plan.tune
+        return {"long_tune": total, "tuned_short": self.plan.tune}.get(arm, total - searched)
 
     def overlaps(self, masks: Mapping[str, Tensor], first: Mapping[str, Tensor], train: Batches, seed: int) -> dict:
         """Returns, per layer, the overlap (IoU) of masks with magnitude's, SNIP's, a draw and the first mask."""
@@ -512,7 +549,9 @@ def table(rows: list[dict]) -> Iterator[str]:
     for target in dict.fromkeys(target for target, arm in kept if arm != "dense"):
         pairs = [("search", "S", "recalibrated", "S"), ("search", "S", "random_start", "S"),
                  ("search", "S", "unrestricted", "S"), ("search", "T", "tuned", "T"),
-                 ("short_search", "T", "tuned", "T"), ("short_search", "S", "recalibrated", "S")]  # fmt: skip
+                 ("short_search", "T", "tuned", "T"), ("short_search", "S", "recalibrated", "S"),
+                 ("long_tune", "T", "tuned", "T"), ("search", "T", "tuned_short", "T"),
+                 ("random_start_unrestricted", "S", "random_start", "S")]  # fmt: skip
         for arm, kind, other, other_kind in pairs:
             first, second = kept.get((target, arm), {}), kept.get((target, other), {})
             gaps = [
@@ -522,8 +561,9 @@ def table(rows: list[dict]) -> Iterator[str]:
             if gaps:
                 spread = f" ± {statistics.stdev(gaps):.2f}" if len(gaps) > 1 else ""
                 yield f"* {target}: {arm} ({kind}) − {other}: {statistics.fmean(gaps):+.2f}{spread} ({len(gaps)} seeds)"
-        yield from _speed(target, kept)
-        yield from _overlap(target, kept)
+        for start in ("random_start", "random_start_unrestricted"):
+            yield from _speed(target, kept, start)
+            yield from _overlap(target, kept, start)
     yield from _restriction(kept)
 
 
@@ -532,10 +572,10 @@ def _accuracies(cells: Mapping[int, dict], key: str) -> str:
     return f"{statistics.fmean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})" if values else "–"
 
 
-def _speed(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator[str]:
+def _speed(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]], start: str) -> Iterator[str]:
     """Yields after how many epochs the search from magnitude is as good as that from a random mask at its end."""
     for seed, row in kept.get((target, "search"), {}).items():
-        other = kept.get((target, "random_start"), {}).get(seed)
+        other = kept.get((target, start), {}).get(seed)
         if other is None:
             continue
         goal = [log["metric"] for log in other["epochs"] if log["phase"] == "search"][-1]
@@ -543,9 +583,9 @@ def _speed(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> I
         reached = next((epoch for epoch, value in enumerate(curve, 1) if value >= goal), None)
         before = "already before the search" if row["val_at_start"] >= goal else f"after {reached or 'none'} of them"
         yield (
-            f"* {target}, seed {seed}: from a random mask {100 * goal:.2f} % (validation) at the end of {len(curve)} "
-            f"epochs; from magnitude {before} ({100 * row['val_at_start']:.2f} % at the start, {100 * curve[0]:.2f} % "
-            "after the first)"
+            f"* {target}, seed {seed}, {start}: from a random mask {100 * goal:.2f} % (validation) at the end of "
+            f"{len(curve)} epochs; from magnitude {before} ({100 * row['val_at_start']:.2f} % at the start, "
+            f"{100 * curve[0]:.2f} % after the first)"
         )
 
 
@@ -559,7 +599,7 @@ def _restriction(kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator
     ]
     if rows:
         yield "\nThe restriction on (search) and off (unrestricted), epoch by epoch:\n"
-        yield "| target | arm | seed | training loss | swaps made | of requests, per step |"
+        yield "| target | arm | seed | training loss | swaps made | requests, summed over steps |"
         yield "|---|---|---|---|---|---|"
     for target, arm, seed, row in rows:
         losses = [f"{log['loss']:.3f}" for log in row["epochs"] if log["phase"] == "search"]
@@ -568,21 +608,24 @@ def _restriction(kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator
         yield f"| {target} | {arm} | {seed} | {' '.join(losses)} | {' '.join(made)} | {' '.join(asked)} |"
 
 
-def _overlap(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]]) -> Iterator[str]:
-    """Yields the mean overlap of masks that were searched from a random one, beside chance.
+def _overlap(target: str, kept: Mapping[tuple[str, str], Mapping[int, dict]], start: str) -> Iterator[str]:
+    """Yields the mean overlap of masks searched from a random one, beside another draw and the mask they began with.
 
     A search from magnitude overlaps with magnitude because it began there: that says nothing.
     """
-    rows = [row["overlap"] for row in kept.get((target, "random_start"), {}).values() if "overlap" in row]
+    rows = [row["overlap"] for row in kept.get((target, start), {}).values() if "overlap" in row]
     if rows:
         layers = [layer for row in rows for layer in row.values()]
         means = {kind: statistics.fmean(layer[kind] for layer in layers) for kind in layers[0]}
-        wins = sum(layer["magnitude"] >= max(layer["snip"], layer["chance"]) for layer in layers)
+        wins = {
+            name: sum(layer["magnitude"] > max(layer[kind] for kind in others) for layer in layers)
+            for name, others in (("SNIP and the draw", ("snip", "random")), ("its own start", ("start",)))
+        }
         yield (
-            f"* {target}: a mask searched from a random one overlaps (IoU, mean over layers) with magnitude "
-            f"{means['magnitude']:.3f}, SNIP {means['snip']:.3f}, chance {means['chance']:.3f}"
-            + (f", the mask that it began with {means['start']:.3f}" if "start" in means else "")
-            + f"; magnitude is the most similar in {wins} of {len(layers)} layers"
+            f"* {target}: the mask of {start} overlaps (IoU, mean over layers) with magnitude "
+            f"{means['magnitude']:.3f}, SNIP {means['snip']:.3f}, another draw {means['random']:.3f} (chance "
+            f"{means['chance']:.3f}), the mask that it began with {means['start']:.3f}; magnitude is more similar than "
+            f"{' than '.join(f'{name} in {count} of {len(layers)} layers,' for name, count in wins.items())[:-1]}"
         )
 
 

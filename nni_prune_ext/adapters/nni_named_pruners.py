@@ -23,8 +23,13 @@ from nni_prune_ext.pipeline import method_spec
 
 __all__ = ["LevelPruner", "MovementPruner", "SlimPruner", "TaylorPruner", "pruner_for"]
 
-_CLASS_NAMES: Mapping[str, str] = {"l1": "L1NormPruner", "l2": "L2NormPruner", "fpgm": "FPGMPruner"}
-"""What NNI calls the pruners that are replaced."""
+_CLASS_NAMES: Mapping[str, str] = {
+    "l1": "L1NormPruner",
+    "l2": "L2NormPruner",
+    "fpgm": "FPGMPruner",
+    "psap": "PSAPPruner",
+}
+"""What NNI calls the pruners that are replaced, and acronyms."""
 _CLASSES: dict[str, type[MethodPruner]] = {}
 
 

@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 _CLASS_NAMES: Mapping[str, str] = {
     "agp": "AGPPruner",
     "asfp": "ASFPPruner",
+    "psap_ratio": "PSAPRatioPruner",
     "short_restriction_cosine": "CosineShortRestrictionPruner",
 }
 """Names that are no plain words, or read better in another order."""

@@ -205,12 +205,6 @@ class DecisionImportance(MethodImportance):
         }
 
 
-class LotteryJackpotsImportance(DecisionImportance):
-    """Scores channels by a mask that is searched in the frozen weights of a copy."""
-
-    method = "lottery_jackpots"
-
-
 def deciding_method(name: str) -> MethodSpec:
     """Returns a registered method that removes channels.
 

@@ -22,6 +22,12 @@ class LotteryJackpotsImportance(DecisionImportance):
     method = "lottery_jackpots"
 
 
+class PSAPImportance(DecisionImportance):
+    """Scores channels by what PSAP (re-derived from the abstract) removes from a copy that it trains."""
+
+    method = "psap"
+
+
 _NAMED: dict[str, type[MethodImportance]] = {
     own.method: own
     for own in (
@@ -31,6 +37,7 @@ _NAMED: dict[str, type[MethodImportance]] = {
         RandomImportance,
         TaylorImportance,
         LotteryJackpotsImportance,
+        PSAPImportance,
     )
 }
 

@@ -10,15 +10,21 @@ _ROUNDS = 200
 
 
 def scaled_ratios(
-    relative: Mapping[str, float], sizes: Mapping[str, int], caps: Mapping[str, float], share: float
+    relative: Mapping[str, float],
+    sizes: Mapping[str, int],
+    caps: Mapping[str, float],
+    share: float,
+    *,
+    floors: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Scales relative ratios by one factor, cut off at each one's cap, until ``share`` of everything goes.
+    """Scales relative ratios by one factor, cut off at each one's bounds, until ``share`` of everything goes.
 
     Args:
         relative: name → relative ratio, at least 0, at least one above 0.
         sizes: name → how many elements (channels) the ratio is of.
         caps: name → largest ratio allowed, 0–1.
         share: 0–1, of the sum of all sizes.
+        floors: name → smallest ratio, at most its cap; 0 unless given. Together they must allow ``share``.
 
     Returns:
         name → ratio, 0–1; their mean weighted by ``sizes`` is ``share`` to within 1e-9.
@@ -28,8 +34,13 @@ def scaled_ratios(
     """
     total = sum(sizes[name] for name in relative)
 
+    least = floors or {}
+
+    def bounded(factor: float) -> dict[str, float]:
+        return {name: min(caps[name], max(factor * value, least.get(name, 0.0))) for name, value in relative.items()}
+
     def reached(factor: float) -> float:
-        return sum(min(caps[name], factor * value) * sizes[name] for name, value in relative.items()) / max(total, 1)
+        return sum(ratio * sizes[name] for name, ratio in bounded(factor).items()) / max(total, 1)
 
     most = sum(caps[name] * sizes[name] for name, value in relative.items() if value > 0) / max(total, 1)
     if share > most + 1e-12:
@@ -47,4 +58,4 @@ def scaled_ratios(
             low = middle
         else:
             high = middle
-    return {name: min(caps[name], high * value) for name, value in relative.items()}
+    return bounded(high)

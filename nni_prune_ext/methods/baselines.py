@@ -153,7 +153,7 @@ def taylor_criterion(options: TaylorOptions, context: MethodContext) -> Scores:
             context.model.zero_grad(set_to_none=True)
             context.task_loss(batch).backward()  # type: ignore[no-untyped-call]
             for group in context.groups:
-                totals[group.name] += gate_gradients(group, tensors).abs() / options.batches
+                totals[group.name] += gate_gradients(group, tensors).abs().cpu() / options.batches
     finally:
         context.model.zero_grad(set_to_none=True)
         for name, module in context.model.named_modules():

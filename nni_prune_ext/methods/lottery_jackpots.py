@@ -45,6 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from nni_prune_ext.data.batches import EPOCH_STRIDE
 from nni_prune_ext.errors import ConfigError, TrainingError
 from nni_prune_ext.graph.channel_groups import ChannelGroup
 from nni_prune_ext.mask_updates import (
@@ -167,7 +168,7 @@ class LotteryJackpots(PruningMethod):
             self._swaps = Swaps(0, 0)
         self._epoch = epoch + 1
         if self._searching and context.unit == "channel":
-            self._exploration.begin(self.scores, context.seed + self._epoch)
+            self._exploration.begin(self.scores, context.seed * EPOCH_STRIDE + self._epoch)
         if self._optimizer is not None and phase.name != "freeze":
             for group in self._optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * self._epoch / phase.epochs))
@@ -297,7 +298,7 @@ class LotteryJackpots(PruningMethod):
         self._exploration.end()
         if self._searching:
             self._pools = {group.name: [pool.to(device) for pool in _pools(group)] for group in context.groups}
-            self._exploration.begin(self.scores, context.seed + self._epoch)
+            self._exploration.begin(self.scores, context.seed * EPOCH_STRIDE + self._epoch)
         context.on_leave(context.model.register_forward_pre_hook(self._forget_row).remove)
 
     def _gates(self) -> Tensor:

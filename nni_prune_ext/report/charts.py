@@ -21,6 +21,8 @@ WIDTH = 350
 """Of every chart, in SVG units: no wider than a phone, so that letters keep their size there; a desk scales it up."""
 MARKERS: Mapping[Kind, str] = {"dense": "o", "control": "D", "pruned": "s"}
 LAYERS_PER_CHART = 40
+_STROKES = ("-", "--", ":")
+"""Of lines that share a colour in one chart."""
 
 
 @dataclass(frozen=True)
@@ -110,23 +112,38 @@ def training_curve(epochs: Sequence[EpochFacts], *, stage: str, name: str) -> st
 
 
 def note_charts(notes: Sequence[Mapping[str, float | None]], *, name: str, most: int = 12) -> dict[str, str]:
-    """Returns what the method logged over its progress, one small chart per key."""
-    keys = list(dict.fromkeys(key for note in notes for key in note if key != "progress"))
+    """Returns what the method logged over its progress, one small chart per key; ``family/name`` keys share one."""
     charts: dict[str, str] = {}
-    for number, key in enumerate(keys[:most]):
-        found = [(_number(note.get("progress")), _number(note.get(key))) for note in notes if key in note]
-        if len(found) < 2:  # a single point is no curve
+    for number, (family, keys) in enumerate(list(note_families(notes).items())[:most]):
+        lines = [
+            [(_number(note.get("progress")), _number(note.get(key))) for note in notes if key in note] for key in keys
+        ]
+        if max(len(line) for line in lines) < 2:  # a single point is no curve
             continue
-        with empty_figure(WIDTH, 170) as figure:
+        legend_rows = -(-len(lines) // 2) if len(lines) > 1 else 0
+        with empty_figure(WIDTH, 170 + 17 * legend_rows) as figure:
             axes = figure.subplots()
-            marker = "o" if len(found) <= 40 else ""
-            axes.plot(*zip(*found), marker=marker, ls="-", color=SERIES[0], markersize=3.5, lw=1.6)
+            for place, (key, line) in enumerate(zip(keys, lines)):
+                marker = "o" if len(line) <= 40 else ""
+                stroke, colour = _STROKES[place // len(SERIES) % len(_STROKES)], SERIES[place % len(SERIES)]
+                label = elided(key.partition("/")[2], 22)
+                axes.plot(*zip(*line), marker=marker, ls=stroke, color=colour, markersize=3.5, lw=1.6, label=label)
             axes.set_xlabel("progress")
             axes.set_xlim(-0.02, 1.02)
             axes.margins(y=0.15)
             axes.grid(axis="x", visible=False)
-            charts[key] = as_svg(figure, name=f"{name}-{number}", description=f"{key} over progress")
+            if legend_rows:
+                figure.legend(loc="outside lower left", ncols=2, fontsize=FONT, frameon=False)
+            charts[family] = as_svg(figure, name=f"{name}-{number}", description=f"{family} over progress")
     return charts
+
+
+def note_families(notes: Sequence[Mapping[str, float | None]]) -> dict[str, list[str]]:
+    """Returns what is drawn together → its keys: ``ratio/conv1`` and ``ratio/conv2`` are both of the family ratio."""
+    families: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for note in notes for key in note if key != "progress"):
+        families.setdefault(key.partition("/")[0], []).append(key)
+    return families
 
 
 def _without_shared_prefix(widths: Sequence[WidthFacts]) -> Sequence[WidthFacts]:

@@ -184,15 +184,31 @@ def _epoch_cells(stage: str, epoch: EpochFacts) -> list[Cell]:
 
 def _notes(report: RunReport, name: str) -> Section:
     shown = charts.note_charts(report.notes, name=f"{name}-note")
-    keys = list(dict.fromkeys(key for note in report.notes for key in note if key != "progress"))
-    rows = [
-        [cell(note.get(key), "{:.6g}".format, "not logged") for key in ("progress", *keys)] for note in report.notes
-    ]
-    table = Table("All logged numbers", [Column("progress"), *map(Column, keys)], [Group(rows)], folded=True)
+    families = charts.note_families(report.notes)
+    alone = [keys[0] for keys in families.values() if len(keys) == 1]
+    tables = [_note_table(report, "All logged numbers", {key: key for key in alone})] if alone else []
+    for family, keys in families.items():
+        if len(keys) > 1:
+            tables.append(_note_table(report, f"All of {family}", {key: key.partition("/")[2] for key in keys}))
     drawn = [Chart(svg, key) for key, svg in shown.items()]
-    rest = [f"{len(shown)} of {len(keys)} are drawn; the table holds all."] if len(shown) < len(keys) else []
-    lead = ["What the method logged, from its start (0) to its end (1).", *rest]
-    return Section("Numbers logged by the method", lead, drawn, [table], beside=True)
+    count, plural = len(families), "s" if len(tables) > 1 else ""
+    rest = [f"{len(shown)} of {count} are drawn; the table{plural} hold{'' if plural else 's'} all."]
+    lead = ["What the method logged, from its start (0) to its end (1).", *(rest if len(shown) < count else [])]
+    return Section("Numbers logged by the method", lead, drawn, tables, beside=True)
+
+
+def _note_table(report: RunReport, title: str, columns: Mapping[str, str]) -> Table:
+    """Returns logged numbers as a folded table.
+
+    Args:
+        columns: key → title.
+    """
+    rows = [
+        [cell(note.get(key), "{:.6g}".format, "not logged") for key in ("progress", *columns)]
+        for note in report.notes
+        if any(key in note for key in columns)
+    ]
+    return Table(title, [Column("progress"), *map(Column, columns.values())], [Group(rows)], folded=True)
 
 
 def _exactness(report: RunReport) -> Section:

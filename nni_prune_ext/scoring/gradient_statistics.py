@@ -23,16 +23,17 @@ def gate_gradients(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor
         tensors: parameters by name; gradients must be present where the loss reaches.
 
     Returns:
-        ``(num_channels,)`` float32, signed; 0 where no gradient arrived.
+        ``(num_channels,)`` float32 on the device of the gradients, signed; 0 on the CPU where none arrived.
     """
     for roles in ((Role.CONSUMER,), (Role.WRITER, Role.BIAS)):
         members = [m for m in group.by_role(*roles) if m.tensor in tensors and tensors[m.tensor].grad is not None]
         if members:
             break
-    total = torch.zeros(group.num_channels)
+    total = torch.zeros(group.num_channels, device=tensors[members[0].tensor].device if members else None)
     for member in members:
         weight = tensors[member.tensor]
         assert weight.grad is not None
-        product = (weight.detach() * weight.grad).movedim(member.dim, 0).flatten(1).sum(1).float().cpu()
-        total.index_add_(0, torch.from_numpy(member.channel), product[torch.from_numpy(member.index)])
+        product = (weight.detach() * weight.grad).movedim(member.dim, 0).flatten(1).sum(1).float()
+        index, channel = (torch.from_numpy(which).to(product.device) for which in (member.index, member.channel))
+        total.index_add_(0, channel, product[index])
     return total

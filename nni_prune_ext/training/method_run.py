@@ -146,8 +146,10 @@ class MethodRun:
         return [send_to_device(batch, device) for batch in found]
 
     def task_loss(self, batch: Batch) -> Tensor:
-        """Returns the user's loss of the current model."""
-        return self.loss(self.model, batch)
+        """Returns the user's loss of the current model, in the precision of the training."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.loss(self.model, batch)
 
     def allocate(
         self, scores: Mapping[str, Tensor], *, fraction: float = 1.0, ratios: Mapping[str, float] | None = None

@@ -1,0 +1,349 @@
+"""PSAP (re-derived from the abstract): ratios follow the sparsity of weights, gradients protect what is important.
+
+Li & Zhao, "Protective Self-Adaptive Pruning to Better Compress DNNs", 2023, https://arxiv.org/abs/2303.11881. **Only
+the abstract was available to us.** It confirms: pruning and training alternate, and pruned filters may be
+reconstructed; before each pruning step the ratio of every layer follows from its weight sparsity ratio; gradients are
+watched so that important filters are not pruned; nothing but weights and gradients is used; networks may be pruned
+from scratch. Everything else is our reading, an option each, and none of it is evidence about the paper.
+
+One training of ``epochs`` epochs. At the end of every ``interval`` epochs, a pruning step:
+
+1. the schedule says which share of the target is due; groups are pruned in proportion to their weight sparsity ratio
+   (``scoring.weight_sparsity``), within bounds, scaled until the target in MACs, parameters or channels is met
+   exactly;
+2. in every group the channels with the lowest scores of the criterion are candidates, except those that were shielded
+   in the last steps, and those much used in training (running mean of the magnitude of the gate gradient, below);
+3. the candidates are closed on trial, and a few batches run forward and backward. A candidate whose gate gradient, as
+   its readers see it (dL/dm = Σ ⟨W[:, c], dL/dW[:, c]⟩), is far above those of the others, and would lower the loss,
+   is protected and shielded; the next channels take its place, so that the target stays met;
+4. the rest is closed until the next step. ``gate``: readers are deaf to the channel, which loses nothing, and the
+   weights that read it go on learning as if it were open; the masked network is the compact one at every moment.
+   ``zeroise``: the filters are set to zero and train on, as in SFP (He et al., 2018,
+   https://arxiv.org/abs/1808.06866).
+
+After ``soft_share`` of the epochs the channels closed last are removed, certified; the optimizer keeps the moments of
+what is left, and the compact network trains on.
+
+Departures from our own notes on the method, where they say otherwise: the bound of a step is relative to the pace of
+the schedule, and the target is met even where the bounds would not allow it; the default criterion looks at all
+weights that hold a channel, because in ``gate`` the writers of closed channels get no gradient; the place of a
+protected channel is always taken by another one; where protection leaves too few candidates, that of used channels
+ends first, then that of shielded ones; statistics of norms are not measured anew right after the removal, training
+goes on there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from nni_prune_ext.allocation import Allocation
+from nni_prune_ext.data.batches import EPOCH_STRIDE
+from nni_prune_ext.errors import ConfigError, PluginError, TargetError
+from nni_prune_ext.masked_weights import gate_consumers
+from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
+from nni_prune_ext.methods.psap_options import PsapOptions
+from nni_prune_ext.methods.psap_protection import gate_probe, important, literal_probe, zero_writers
+from nni_prune_ext.methods.psap_ratios import adaptive_ratios, relative_ratios
+from nni_prune_ext.plan import plan_from_channels, removed_channels
+from nni_prune_ext.registry import load_plugin
+from nni_prune_ext.schedules import build_ratio_policy, build_schedule
+from nni_prune_ext.scoring.gradient_statistics import gate_gradients
+from nni_prune_ext.scoring.group_reduction import writer_rows
+from nni_prune_ext.scoring.weight_sparsity import weight_sparsity
+from nni_prune_ext.surgery import Removal
+
+_MEMORY = 0.9
+"""What the running mean of the use of a channel keeps from step to step."""
+
+
+class Psap(PruningMethod):
+    """Prunes softly while it trains, removes, and trains on; see the module's docstring.
+
+    Attributes:
+        closed: group → ``(num_channels,)`` bool on the CPU, ``True`` = pruned for now.
+        shields: group → ``(num_channels,)`` int64, pruning steps for which a channel stays protected.
+        use: group → ``(num_channels,)``, running mean of the magnitude of the gate gradient in training.
+        ratios: group → share of its channels that is closed.
+    """
+
+    def __init__(self, options: PsapOptions) -> None:
+        self.options = options
+        self.closed: dict[str, Tensor] = {}
+        self.shields: dict[str, Tensor] = {}
+        self.use: dict[str, Tensor] = {}
+        self.ratios: dict[str, float] = {}
+        self._pace = 0.0
+        self._removed = False
+        self._row: Tensor | None = None
+        self._facts = {"protected": 0.0, "revived": 0.0}
+
+    def phases(self) -> Sequence[Phase]:
+        """Returns one phase: one training, one optimizer."""
+        return [Phase("prune and train", self.options.epochs)]
+
+    def start(self, context: MethodContext, phase: Phase) -> None:
+        """Refuses what could not work, and opens all channels."""
+        if not len(context.groups):
+            raise ConfigError(
+                f"There is no channel of {type(context.model).__name__} that may be removed, expected one group at "
+                "least. Exclude fewer layers."
+            )
+        build_schedule(self.options.schedule)
+        _criterion(self.options.criterion)
+        flat = {group.name: torch.zeros(group.num_channels) for group in context.groups}
+        context.allocate(flat, ratios=dict.fromkeys(flat, 1.0))
+        _check_reach(context)
+        for group in context.groups:
+            self.closed[group.name] = torch.zeros(group.num_channels, dtype=torch.bool)
+            self.shields[group.name] = torch.zeros(group.num_channels, dtype=torch.int64)
+            self.use[group.name] = torch.zeros(group.num_channels)
+        self.ratios = dict.fromkeys(flat, 0.0)
+
+    def attach(self, context: MethodContext, phase: Phase) -> None:
+        """Lets readers be deaf to closed channels."""
+        if self.closed and self.options.mode == "gate":
+            self._gate(context)
+
+    def after_backward(self, context: MethodContext) -> None:
+        """Notes how much the loss depends on every channel."""
+        if not self.closed or self.options.protect == "none":
+            return
+        tensors = dict(context.model.named_parameters())
+        for group in context.groups:
+            now = gate_gradients(group, tensors).abs()
+            self.use[group.name] = _MEMORY * self.use[group.name].to(now) + (1 - _MEMORY) * now
+
+    def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
+        """Prunes, and removes what is closed when it is time."""
+        done, last = epoch + 1, self.options.soft_epochs
+        if done > last or (done % self.options.interval and done < last):
+            return
+        self._prune(context, -(-done // self.options.interval))
+        if done == last:
+            self._removed = True
+            context.apply(plan_from_channels(context.groups, {n: gone.numpy() for n, gone in self.closed.items()}))
+
+    def on_removed(self, context: MethodContext, removal: Removal) -> None:
+        """Forgets what was about channels: those that are left stay."""
+        self.closed, self.shields, self.use = {}, {}, {}
+
+    def finish(self, context: MethodContext) -> Outcome:
+        """Hands over the facts; the channels are gone already."""
+        return Outcome(plan_from_channels(context.groups, {}), facts=self._facts)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
+        """Returns what is closed and shielded, how much channels are used, ratios and facts."""
+        parts = {"closed": self.closed, "shield": self.shields, "use": self.use}
+        tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+        return tensors, {"pace": self._pace, "ratios": dict(self.ratios), "facts": dict(self._facts)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
+        """Restores what ``state_dict`` returned."""
+        own: dict[str, dict[str, Tensor]] = {"closed": {}, "shield": {}, "use": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            own[part][name] = tensor
+        self.closed, self.shields, self.use = own["closed"], own["shield"], own["use"]
+        self._pace = float(cast("float", values["pace"]))
+        self.ratios = dict(cast("dict[str, float]", values["ratios"]))
+        self._facts = dict(cast("dict[str, float]", values["facts"]))
+
+    def _prune(self, context: MethodContext, step: int) -> None:
+        """Closes the channels of one pruning step, and notes what happened."""
+        fraction = build_schedule(self.options.schedule)(step / self.options.steps)
+        before = {name: gone.clone() for name, gone in self.closed.items()}
+        sparsity = self._sparsity(context)
+        scores = {name: score.cpu() for name, score in _criterion(self.options.criterion)(context).items()}
+        ratios = self._ratios(context, scores, fraction, step / self.options.steps)
+        protected = {name: torch.zeros_like(gone) for name, gone in before.items()}
+        allocation = self._chosen(context, scores, ratios, fraction, protected)
+        for _ in range(0 if self.options.protect == "none" else 1 + self.options.refills):
+            found = self._protected(context, step, protected)
+            if not any(bool(own.any()) for own in found.values()):
+                break
+            protected = {name: protected[name] | own for name, own in found.items()}
+            allocation = self._chosen(context, scores, ratios, fraction, protected)
+        for name, own in protected.items():
+            self.shields[name] = torch.where(own, self.options.shield_steps, (self.shields[name] - 1).clamp(min=0))
+        if self.options.mode == "zeroise":
+            zero_writers(context, self.closed)
+        self.ratios = {name: float(gone.float().mean()) for name, gone in self.closed.items()}
+        revived = sum(int((before[name] & ~gone).sum()) for name, gone in self.closed.items())
+        counts = {"protected": sum(int(own.sum()) for own in protected.values()), "revived": revived}
+        self._facts = {key: self._facts[key] + count for key, count in counts.items()}
+        context.log(
+            {
+                "share_of_target": fraction,
+                "share_of_channels": allocation.predicted["ratio"],
+                **counts,
+                **{f"ratio/{name}": ratio for name, ratio in self.ratios.items()},
+                **{f"weight_sparsity/{name}": ratio for name, ratio in sparsity.items()},
+            }
+        )
+
+    def _sparsity(self, context: MethodContext) -> dict[str, float]:
+        own = self.options
+        return weight_sparsity(_rows(context), threshold=own.sparsity_threshold, level=own.sparsity_level)
+
+    def _ratios(
+        self, context: MethodContext, scores: Mapping[str, Tensor], fraction: float, progress: float
+    ) -> dict[str, float]:
+        """Returns the ratios of a step, before they are scaled to meet the target exactly."""
+        if self.options.ratio_policy is None:
+            relative = relative_ratios(self._sparsity(context))
+        else:
+            relative = dict(build_ratio_policy(self.options.ratio_policy)(_rows(context), self.ratios, progress))
+        share = context.allocate(scores, fraction=fraction, ratios=relative).predicted["ratio"]
+        pace, self._pace = max(share - self._pace, 0.0), share
+        ratios = adaptive_ratios(
+            relative,
+            self.ratios,
+            {group.name: group.num_channels for group in context.groups},
+            share,
+            step_bound=self.options.step_bound,
+            largest=1.0,
+            pace=pace,
+        )
+        return ratios if any(ratios.values()) else relative
+
+    def _chosen(
+        self,
+        context: MethodContext,
+        scores: Mapping[str, Tensor],
+        ratios: Mapping[str, float],
+        fraction: float,
+        protected: Mapping[str, Tensor],
+    ) -> Allocation:
+        """Closes the candidates of a step: as many as the target needs, none that is protected if that is possible."""
+        spared = [protected, {name: shield > 0 for name, shield in self.shields.items()}, self._used()]
+        while True:
+            closed_to = {name: torch.stack([own[name].cpu() for own in spared]).any(0) for name in scores}
+            open_scores = {name: score.masked_fill(closed_to[name], torch.inf) for name, score in scores.items()}
+            try:
+                allocation = context.allocate(open_scores, fraction=fraction, ratios=ratios)
+                break
+            except TargetError:
+                if len(spared) == 1:
+                    raise
+                spared.pop()
+        gone = removed_channels(allocation.plan, context.groups)
+        self.closed = {name: torch.from_numpy(own) for name, own in gone.items()}
+        self._row = None
+        return allocation
+
+    def _used(self) -> dict[str, Tensor]:
+        """Returns the channels that training uses much more than others of their group."""
+        if self.options.protect == "none":
+            return {name: torch.zeros_like(gone) for name, gone in self.closed.items()}
+        return {
+            name: use > use.mean() + self.options.use_deviations * use.std(correction=0)
+            for name, use in self.use.items()
+        }
+
+    def _protected(self, context: MethodContext, step: int, already: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Probes the channels that are closed now; returns those to protect."""
+        own = self.options
+        if own.protect == "literal":
+            self._row = self._all_open(context)
+            try:
+                found = literal_probe(context, own.probe_batches, self.closed)
+            finally:
+                self._row = None
+        else:
+            gates = [] if own.mode == "gate" else self._readings(context)
+            try:
+                found = gate_probe(context, own.probe_batches)
+            finally:
+                for handle in gates:
+                    handle.remove()
+        chosen = {
+            name: important(*found[name], gone, deviations=own.probe_deviations, share=own.protected_share)
+            for name, gone in self.closed.items()
+        }
+        if own.protect == "random":
+            generator = torch.Generator().manual_seed(context.seed * EPOCH_STRIDE + step)
+            chosen = {name: _drawn(self.closed[name], int(best.sum()), generator) for name, best in chosen.items()}
+        return {name: best & ~already[name] for name, best in chosen.items()}
+
+    def _gate(self, context: MethodContext) -> None:
+        for handle in self._readings(context):
+            context.on_leave(handle.remove)
+
+    def _readings(self, context: MethodContext) -> list[RemovableHandle]:
+        return gate_consumers(context.model, context.groups, lambda: self._gates(context), learn_closed=True).handles
+
+    def _gates(self, context: MethodContext) -> Tensor:
+        """Returns one gate per channel of all groups and a 1 behind them."""
+        if self._row is None:
+            row = torch.cat([self.closed[group.name] for group in context.groups]).to(torch.float32)
+            self._row = self._all_open(context)
+            self._row[:-1] -= row.to(self._row)
+        return self._row
+
+    def _all_open(self, context: MethodContext) -> Tensor:
+        return torch.ones(context.groups.num_channels + 1, device=next(context.model.parameters()).device)
+
+
+def _rows(context: MethodContext) -> dict[str, list[Tensor]]:
+    tensors = dict(context.model.named_parameters())
+    return {group.name: writer_rows(group, tensors) for group in context.groups}
+
+
+def _criterion(name: str) -> Callable[[MethodContext], Mapping[str, Tensor]]:
+    """Returns the scores of a registered pruner, with its default options.
+
+    Raises:
+        UnknownPluginError: no such name.
+        ConfigError: it gives no scores.
+    """
+    spec = load_plugin("pruners", name)
+    if not isinstance(spec, MethodSpec):
+        raise PluginError(f"The pruner '{name}' is a {type(spec).__name__}, expected a MethodSpec. Mend its package.")
+    scores, options = spec.scores, spec.options()
+    if scores is None:
+        raise ConfigError(
+            f"The criterion '{name}' gives no scores of channels: it decides in phases of its own. Expected a pruner "
+            "that is a criterion, for example l2 or taylor. Choose one of these."
+        )
+    return lambda context: scores(context, options)
+
+
+def _check_reach(context: MethodContext) -> None:
+    """Refuses a loss whose gradient reaches no weight that reads a group: nothing could protect its channels.
+
+    Raises:
+        ConfigError: with the name of the group.
+    """
+    found = gate_probe(context, 1)
+    dead = [name for name, (size, _) in found.items() if not bool((size > 0).any())]
+    if dead:
+        raise ConfigError(
+            f"The loss has no gradient at what reads the channels of '{dead[0]}' ({len(dead)} of {len(found)} groups), "
+            "expected one in every group. Unfreeze the weights that read them, let the loss depend on them, or exclude "
+            "these layers."
+        )
+
+
+def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Returns so many candidates, drawn."""
+    places = candidates.nonzero()[:, 0]
+    result = torch.zeros_like(candidates)
+    result[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+    return result
+
+
+PSAP = MethodSpec(
+    "psap",
+    "PSAP (re-derived from the abstract): ratios from weight sparsity, gradients protect channels",
+    "https://arxiv.org/abs/2303.11881",
+    PsapOptions,
+    Psap,
+    needs_data=True,
+    changes_structure=True,
+    demo_options={"epochs": 3, "soft_share": 0.7, "probe_batches": 2},
+)

@@ -1,0 +1,140 @@
+"""What gradients say about channels that are about to be pruned, and which of them they protect; see ``psap``.
+
+A probe changes nothing: weights, statistics of norms, optimizers and random states are as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nni_prune_ext.graph.channel_groups import ChannelGroup
+from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.methods.base import MethodContext
+from nni_prune_ext.scoring.gradient_statistics import gate_gradients
+from nni_prune_ext.scoring.weight_norms import slice_rows
+
+Statistic = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
+"""A group and the parameters, with gradients → ``(num_channels,)``."""
+
+
+@contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Lets forward and backward passes of a block leave no trace; modes stay, gradients are taken off."""
+    modes = [(module, module.training) for module in model.modules()]
+    with untouched(model):
+        for module, mode in modes:
+            module.training = mode
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def silenced_writers(context: MethodContext, closed: Mapping[str, Tensor]) -> Iterator[None]:
+    """Sets what writes closed channels to zero for the time of a block; then it is as before, bit for bit.
+
+    Args:
+        closed: group → ``(num_channels,)`` bool.
+    """
+    tensors = dict(context.model.named_parameters())
+    before = {
+        member.tensor: tensors[member.tensor].detach().clone()
+        for group in context.groups
+        for member in group.by_role(Role.WRITER, Role.BIAS)
+        if member.tensor in tensors
+    }
+    zero_writers(context, closed)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                tensors[name].copy_(value)
+
+
+def zero_writers(context: MethodContext, closed: Mapping[str, Tensor]) -> None:
+    """Sets the filters and biases that write closed channels to zero; norms behind them stay as they are."""
+    tensors = dict(context.model.named_parameters())
+    with torch.no_grad():
+        for group in context.groups:
+            for member in group.by_role(Role.WRITER, Role.BIAS):
+                if member.tensor in tensors:
+                    gone = closed[group.name].cpu()[torch.from_numpy(member.channel)]
+                    positions = torch.from_numpy(member.index)[gone].to(tensors[member.tensor].device)
+                    tensors[member.tensor].index_fill_(member.dim, positions, 0)
+
+
+def writer_gradients(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Returns the norm of the gradient of all filters that write a channel, ``(num_channels,)``."""
+    total = torch.zeros(group.num_channels)
+    for member in group.by_role(Role.WRITER):
+        gradient = tensors[member.tensor].grad if member.tensor in tensors else None
+        if gradient is not None:
+            squares = slice_rows(gradient, member.dim).square().sum(1).cpu()
+            total.index_add_(0, torch.from_numpy(member.channel), squares[torch.from_numpy(member.index)])
+    return total.sqrt()
+
+
+def probed(context: MethodContext, batches: int, statistic: Statistic) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns group → means over batches of a statistic's magnitude and of the statistic, both ``(num_channels,)``.
+
+    The model runs as it is, hooks and modes included.
+    """
+    tensors = dict(context.model.named_parameters())
+    sizes = {group.name: torch.zeros(group.num_channels) for group in context.groups}
+    signed = {name: size.clone() for name, size in sizes.items()}
+    found = context.batches(batches)
+    with trial(context.model), torch.enable_grad():
+        for batch in found:
+            context.model.zero_grad(set_to_none=True)
+            context.task_loss(batch).backward()  # type: ignore[no-untyped-call]
+            for group in context.groups:
+                value = statistic(group, tensors).cpu() / len(found)
+                sizes[group.name] += value.abs()
+                signed[group.name] += value
+    return {name: (sizes[name], signed[name]) for name in sizes}
+
+
+def gate_probe(context: MethodContext, batches: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Probes what opening a gate would do; closed channels need readings that let them learn (``gate_consumers``)."""
+    return probed(context, batches, gate_gradients)
+
+
+def literal_probe(
+    context: MethodContext, batches: int, closed: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Probes the gradient that hits zeroed filters: the pulse read literally, which behind a norm measures nothing.
+
+    All of it counts as harm done by pruning.
+    """
+    with silenced_writers(context, closed):
+        found = probed(context, batches, writer_gradients)
+    return {name: (size, -size) for name, (size, _) in found.items()}
+
+
+def important(size: Tensor, signed: Tensor, candidates: Tensor, *, deviations: float, share: float) -> Tensor:
+    """Returns the candidates that a probe protects, ``(num_channels,)`` bool.
+
+    Those whose statistic is so many standard deviations above the mean of all candidates of the group, and whose
+    opening lowers the loss; of these the largest, at most a share of the candidates.
+
+    Args:
+        size: ``(num_channels,)``, mean magnitude.
+        signed: ``(num_channels,)``, mean; below 0 says that opening the channel lowers the loss.
+        candidates: ``(num_channels,)`` bool.
+    """
+    result = torch.zeros_like(candidates)
+    own = size[candidates]
+    most = int(share * len(own) + 1e-9)
+    if not most:
+        return result
+    bar = own.mean() + deviations * own.std(correction=0)
+    good = (candidates & (size > bar) & (signed < 0)).nonzero()[:, 0]
+    result[good[size[good].argsort(descending=True, stable=True)[:most]]] = True
+    return result
