@@ -28,8 +28,8 @@ Departures from our own notes on the method, where they say otherwise: the bound
 the schedule, and the target is met even where the bounds would not allow it; the default criterion looks at all
 weights that hold a channel, because in ``gate`` the writers of closed channels get no gradient; the place of a
 protected channel is always taken by another one; where protection leaves too few candidates, that of used channels
-ends first, then that of shielded ones; statistics of norms are not measured anew right after the removal, training
-goes on there.
+ends first, then that of shielded ones, then all; statistics of norms are not measured anew right after the removal,
+training goes on there.
 """
 
 from __future__ import annotations
@@ -44,10 +44,18 @@ from torch.utils.hooks import RemovableHandle
 from nni_prune_ext.allocation import Allocation
 from nni_prune_ext.data.batches import EPOCH_STRIDE
 from nni_prune_ext.errors import ConfigError, PluginError, TargetError
+from nni_prune_ext.graph.channel_groups import ChannelGroup
+from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.masked_weights import gate_consumers
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.psap_options import PsapOptions
-from nni_prune_ext.methods.psap_protection import gate_probe, important, literal_probe, zero_writers
+from nni_prune_ext.methods.psap_protection import (
+    gate_probe,
+    important,
+    literal_probe,
+    probed,
+    zero_writers,
+)
 from nni_prune_ext.methods.psap_ratios import adaptive_ratios, relative_ratios
 from nni_prune_ext.plan import plan_from_channels, removed_channels
 from nni_prune_ext.registry import load_plugin
@@ -168,6 +176,7 @@ class Psap(PruningMethod):
                 break
             protected = {name: protected[name] | own for name, own in found.items()}
             allocation = self._chosen(context, scores, ratios, fraction, protected)
+        protected = {name: own & ~self.closed[name] for name, own in protected.items()}
         for name, own in protected.items():
             self.shields[name] = torch.where(own, self.options.shield_steps, (self.shields[name] - 1).clamp(min=0))
         if self.options.mode == "zeroise":
@@ -222,13 +231,14 @@ class Psap(PruningMethod):
         """Closes the candidates of a step: as many as the target needs, none that is protected if that is possible."""
         spared = [protected, {name: shield > 0 for name, shield in self.shields.items()}, self._used()]
         while True:
-            closed_to = {name: torch.stack([own[name].cpu() for own in spared]).any(0) for name in scores}
-            open_scores = {name: score.masked_fill(closed_to[name], torch.inf) for name, score in scores.items()}
+            open_scores = dict(scores)
+            for own in spared:
+                open_scores = {n: score.masked_fill(own[n].cpu(), torch.inf) for n, score in open_scores.items()}
             try:
                 allocation = context.allocate(open_scores, fraction=fraction, ratios=ratios)
                 break
             except TargetError:
-                if len(spared) == 1:
+                if not spared:
                     raise
                 spared.pop()
         gone = removed_channels(allocation.plan, context.groups)
@@ -319,7 +329,7 @@ def _check_reach(context: MethodContext) -> None:
     Raises:
         ConfigError: with the name of the group.
     """
-    found = gate_probe(context, 1)
+    found = probed(context, 1, _reader_gradients)
     dead = [name for name, (size, _) in found.items() if not bool((size > 0).any())]
     if dead:
         raise ConfigError(
@@ -327,6 +337,12 @@ def _check_reach(context: MethodContext) -> None:
             "expected one in every group. Unfreeze the weights that read them, let the loss depend on them, or exclude "
             "these layers."
         )
+
+
+def _reader_gradients(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+    readers = [tensors[member.tensor] for member in group.by_role(Role.CONSUMER) if member.tensor in tensors]
+    reached = any(weight.grad is not None for weight in readers)
+    return gate_gradients(group, tensors) if reached else torch.zeros(group.num_channels)
 
 
 def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:

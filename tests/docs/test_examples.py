@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -136,3 +137,10 @@ def test_the_mask_search_runs_in_an_nni_script(tmp_path: Path) -> None:
     result = run_in_folder(tmp_path, str(ROOT / "examples" / "nni_jackpots.py"), "--smoke")
 
     assert 0 == result.returncode, result.stderr
+    (searched,) = re.findall(r"^searched, tuned, removed: ([\d,]+) parameters, top-1 ([\d.]+)$", result.stdout, re.M)
+    (written,) = re.findall(r"^ONNX: top-1 ([\d.]+), difference (\S+)$", result.stdout, re.M)
+    (dense,) = re.findall(r"^dense: ([\d,]+) parameters", result.stdout, re.M)
+    assert int(searched[0].replace(",", "")) < 0.3 * int(dense.replace(",", ""))
+    assert float(searched[1]) == pytest.approx(float(written[0]), abs=0.004), "one image of 360 may lie on the edge"
+    assert float(written[1]) < 1e-4
+    assert ["ReplacePruner", "ShortRestrictionPruner"] == re.findall(r"^L1 under (\w+):", result.stdout, re.M)

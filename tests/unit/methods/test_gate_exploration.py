@@ -143,6 +143,48 @@ def test_gradients_are_divided_by_a_root_mean_square_per_group_over_steps() -> N
     torch.testing.assert_close(exploration.sizes, torch.tensor([[25.75, 19.96], [3.98, 1.99]]))
 
 
+def test_sizes_fade_by_a_hundredth_per_step() -> None:
+    exploration, scores = GateExploration(0.0, scaled=True), scores_of(only=1)
+    exploration.begin(scores, 0)
+
+    found = [float(weighed(exploration, scores, only=[value])["only"]) for value in (2.0, 1.0, 3.0)]
+
+    # The sum of squares over the number of steps, by hand: 4 / 1; (3.96 + 1) / 1.99; (4.9104 + 9) / 2.9701.
+    expected = [2 / math.sqrt(4), 1 / math.sqrt(4.96 / 1.99), 3 / math.sqrt(13.9104 / 2.9701)]
+    assert expected == pytest.approx(found)
+    torch.testing.assert_close(torch.tensor([[13.9104], [2.9701]]), exploration.sizes)
+
+
+def test_a_large_gradient_is_remembered_for_hundreds_of_steps() -> None:
+    exploration, scores = GateExploration(0.0, scaled=True), scores_of(only=1)
+    exploration.begin(scores, 0)
+    weighed(exploration, scores, only=[1000.0])
+
+    found = [float(weighed(exploration, scores, only=[1.0])["only"]) for _ in range(300)]
+
+    # After 100 steps the first square still is 1000² × 0.99¹⁰⁰ of a sum over (1 − 0.99¹⁰¹) / 0.01 steps.
+    steps = (1 - 0.99**101) / 0.01
+    assert math.sqrt(steps / (1e6 * 0.99**100)) == pytest.approx(found[99], rel=1e-3)
+    assert found == sorted(found)
+
+
+def test_groups_whose_gradients_differ_a_thousandfold_end_at_the_same_root_mean_square() -> None:
+    exploration, scores = GateExploration(0.25, scaled=True), scores_of(small=40, large=24)
+    exploration.begin(scores, 0)
+    generator = torch.Generator().manual_seed(1)
+    squares: dict[str, list[Tensor]] = {"small": [], "large": []}
+
+    for _ in range(600):
+        small, large = torch.randn(40, generator=generator), 1000 * torch.randn(24, generator=generator)
+        found = weighed(exploration, scores, small=small.tolist(), large=large.tolist())
+        for name, gradient in found.items():
+            squares[name].append(gradient[gradient != 0].square())
+        exploration.draw(scores)
+
+    sizes = {name: float(torch.cat(own[300:]).mean().sqrt()) for name, own in squares.items()}
+    assert {"small": 1.0, "large": 1.0} == pytest.approx(sizes, abs=0.05)
+
+
 def test_gradients_of_a_single_explored_channel_keep_their_proportions_and_do_not_become_signs() -> None:
     exploration, scores = GateExploration(1.0, scaled=True), scores_of(only=1)
     exploration.begin(scores, 0)

@@ -200,6 +200,23 @@ def test_a_pattern_holds_after_every_step_also_where_channels_are_no_multiple_of
     assert moved[-1] > 0
 
 
+def test_a_pattern_leaves_out_the_first_layer_transposed_depthwise_and_narrow_ones() -> None:
+    transposed = nn.ConvTranspose2d(8, 8, 2)
+    depthwise, narrow, wide = (nn.Conv2d(8, 8, 3, padding=1, groups=groups) for groups in (8, 4, 2))
+    kinds = [nn.Conv2d(4, 8, 3), depthwise, narrow, wide, transposed, nn.Conv2d(8, 8, 3)]
+    model = nn.Sequential(*kinds, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    batches = [(torch.cat([x, x[:, :1]], 1), labels) for x, labels in images()]
+
+    result = searched(model, "sparsity=0.5", pattern="2:4", batches=batches)
+
+    assert ["3.weight", "5.weight"] == sorted(masks_of(result))
+    for name, dense in model.named_parameters():
+        now = result.removed_only.get_parameter(name)
+        zeros = 0.5 if name in masks_of(result) else 0.0
+        assert zeros == float((now == 0).float().mean()), name
+        assert torch.equal(dense[now != 0], now[now != 0]), name
+
+
 def test_the_first_mask_of_a_pattern_keeps_the_largest_of_every_block() -> None:
     model = seeded(grouped)
 

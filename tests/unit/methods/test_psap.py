@@ -1,0 +1,377 @@
+"""PSAP (re-derived from the abstract) on the bench: one training that prunes softly, removes, and goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nni_prune_ext.allocation import Target
+from nni_prune_ext.errors import ConfigError, NniPruneExtError, PluginError, UnknownPluginError
+from nni_prune_ext.masked_weights import gate_consumers
+from nni_prune_ext.methods.base import MethodContext, Phase
+from nni_prune_ext.methods.psap import PSAP, Psap
+from nni_prune_ext.methods.psap_options import PsapOptions
+from nni_prune_ext.methods.psap_protection import trial
+from nni_prune_ext.pipeline import method_spec, prune
+from nni_prune_ext.plan import plan_from_channels
+from nni_prune_ext.registry import load_plugin
+from nni_prune_ext.schedules import SchedulerSpec
+from nni_prune_ext.surgery import Removal, silence_channels
+from nni_prune_ext.testing.method_bench import Bench, BenchNet, CountedRun
+from nni_prune_ext.training import TrainingSettings, cross_entropy, drive
+
+Seen = Callable[["Spy", MethodContext], object]
+
+
+class Spy(Psap):
+    """The method, watched at the end of every epoch and at the removal."""
+
+    def __init__(self, options: PsapOptions, seen: Seen, removed: Seen) -> None:
+        super().__init__(options)
+        self.seen, self.removed = seen, removed
+
+    def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
+        super().after_epoch(context, phase, epoch)
+        self.seen(self, context)
+
+    def on_removed(self, context: MethodContext, removal: Removal) -> None:
+        self.removed(self, context)
+        super().on_removed(context, removal)
+
+
+def nothing(*_: object) -> None:
+    """Sees nothing."""
+
+
+def driven(
+    options: Mapping[str, object], *, seen: Seen = nothing, removed: Seen = nothing, **changes: object
+) -> tuple[Spy, CountedRun]:
+    run = replace(Bench.of(PSAP, {}).run(), **changes)
+    given = {"epochs": 5, "probe_batches": 1, "step_bound": 0.5, **options}
+    spy = Spy(PsapOptions.model_validate(given), seen, removed)
+    drive(spy, run)
+    return spy, run
+
+
+def closed_share(spy: Spy) -> float:
+    gone = torch.cat(list(spy.closed.values()))
+    return float(gone.float().mean())
+
+
+class TestSteps:
+    @pytest.mark.parametrize("mode", ["gate", "zeroise"])
+    @pytest.mark.parametrize("target", ["ratio=0.4", "macs=0.6", "params=0.7"])
+    def test_the_target_is_met_in_channels_macs_or_parameters(self, target: str, mode: str) -> None:
+        bench = Bench.of(PSAP, {"epochs": 4, "mode": mode, "probe_batches": 1})
+
+        result = prune(
+            bench.model, bench.example, method=PSAP, target=target, options=bench.options, train_batches=bench.batches
+        )
+
+        assert result.achieved[0].met
+        assert result.certificate is not None
+        assert result.certificate.exact
+        assert ["prune and train"] * 4 == [log.phase for log in result.logs]
+
+    def test_more_is_closed_step_by_step_and_the_last_step_is_the_removal(self) -> None:
+        shares: list[float] = []
+        targets = (Target("ratio", 0.5),)
+
+        _, run = driven(
+            {"epochs": 10, "schedule": "linear", "protect": "none"}, targets=targets,
+            seen=lambda spy, _: shares.append(closed_share(spy) if spy.closed else -1.0),
+            removed=lambda spy, _: shares.append(closed_share(spy)),
+        )  # fmt: skip
+
+        # eight steps of a sixteenth each; the eighth is followed by the removal, nothing is closed any more
+        assert [k / 16 for k in range(1, 8)] == pytest.approx(shares[:7], abs=0.03)
+        assert 0.5 == pytest.approx(shares[7], abs=0.03)
+        assert [-1.0] * 3 == shares[8:]
+        assert 1 == run.cuts
+
+    def test_an_interval_of_several_epochs_makes_fewer_steps_with_one_at_the_end(self) -> None:
+        spy, run = driven({"epochs": 5, "soft_share": 1.0, "interval": 2})
+
+        assert 3 == spy.options.steps == len(run.notes)
+        assert [0.4, 0.8, 1.0] == pytest.approx([note["progress"] for note in run.notes])
+        assert 1.0 == run.notes[-1]["share_of_target"]
+
+    def test_soft_pruning_brings_channels_back(self) -> None:
+        spy, run = driven({"epochs": 10, "mode": "zeroise", "protect": "none", "schedule": "one_shot"})
+
+        assert sum(note["revived"] for note in run.notes) == spy._facts["revived"] > 0
+
+    def test_everything_is_noted_per_group(self) -> None:
+        _, run = driven({})
+
+        names = {group.name for group in Bench.of(PSAP, {}).groups}
+        assert {"progress", "share_of_target", "share_of_channels", "protected", "revived"} | {
+            f"{family}/{name}" for family in ("ratio", "weight_sparsity") for name in names
+        } == set(run.notes[0])
+
+    def test_sparser_groups_are_pruned_more_and_equal_ones_alike(self) -> None:
+        def sparse(model: nn.Module) -> nn.Module:
+            with torch.no_grad():
+                weight = model.get_submodule("inside.0").weight
+                weight *= (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.7).float()
+            return model
+
+        targets = (Target("ratio", 0.3),)
+        run = Bench.of(PSAP, {}).run()
+        options = {"epochs": 1, "soft_share": 1.0, "protect": "none", "schedule": "one_shot"}
+        frozen = TrainingSettings(learning_rate=1e-9, weight_decay=0.0, momentum=0.0)
+
+        _, own = driven(options, targets=targets, model=sparse(run.model), settings=frozen)
+        uniform = {**options, "ratio_policy": "uniform_ratio"}
+        _, even = driven(uniform, targets=targets, model=sparse(Bench.of(PSAP, {}).run().model), settings=frozen)
+
+        assert own.notes[0]["ratio/inside.0"] > 2 * own.notes[0]["ratio/stem.0"]
+        assert even.notes[0]["ratio/inside.0"] == pytest.approx(even.notes[0]["ratio/stem.0"], abs=0.1)
+
+    def test_a_scaled_layer_in_front_of_a_norm_changes_nothing(self) -> None:
+        settings = TrainingSettings(learning_rate=0.0 + 1e-12, weight_decay=0.0, momentum=0.0)
+        plain, scaled = Bench.of(PSAP, {}).run().model, Bench.of(PSAP, {}).run().model
+        with torch.no_grad():
+            scaled.get_submodule("inside.0").weight *= 1024
+
+        plans = [
+            driven({"epochs": 1, "soft_share": 1.0, "protect": "none"}, model=model, settings=settings)[1].applied
+            for model in (plain, scaled)
+        ]
+
+        assert plans[0] == plans[1]
+
+
+class TestGates:
+    def test_the_masked_network_is_the_compact_one_at_the_removal(self) -> None:
+        seen: list[tuple[Tensor, Tensor]] = []
+        images = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+        def compare(spy: Spy, context: MethodContext) -> None:
+            compact = copy.deepcopy(context.model).double().eval()
+            seen.append((masked[-1], compact(images)))
+
+        masked: list[Tensor] = []
+
+        class Masked(Spy):
+            def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
+                self._context = context
+                super().after_epoch(context, phase, epoch)
+
+        run = Bench.of(PSAP, {}).run()
+        spy = Masked(PsapOptions(epochs=3, probe_batches=1), nothing, compare)
+        apply = run.apply
+
+        def applied(plan: object) -> Removal:
+            own, gates = copy.deepcopy(run.model).double().eval(), spy._gates(run)
+            for module in own.modules():
+                module._forward_pre_hooks.clear()
+                module._forward_hooks.clear()
+            gate_consumers(own, run.groups, lambda: gates, learn_closed=True)
+            masked.append(own(images))
+            return apply(plan)  # type: ignore[arg-type]
+
+        run.apply = applied  # type: ignore[method-assign]
+        drive(spy, run)
+
+        assert 1 == len(seen)
+        scale = float(seen[0][0].abs().max())
+        assert 1e-12 > float((seen[0][0] - seen[0][1]).abs().max()) / scale
+
+    def test_weights_that_read_a_closed_channel_learn_as_if_it_were_open(self) -> None:
+        torch.manual_seed(0)
+        model = BenchNet().double()
+        groups = Bench.of(PSAP, {}).groups
+        x, labels = torch.randn(4, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3])
+        gates = torch.ones(groups.num_channels + 1)
+        gates[:4] = 0
+        closed = gates[:-1] == 0
+        plan = plan_from_channels(groups, {groups.groups[0].name: closed[: groups.groups[0].num_channels].numpy()})
+        silent = silence_channels(model, plan, x[:2], groups=groups).train()
+        functional.cross_entropy(silent(x), labels).backward()
+
+        found = gate_consumers(model, groups, lambda: gates, learn_closed=True)
+        functional.cross_entropy(model.train()(x), labels).backward()
+        for handle in found.handles:
+            handle.remove()
+
+        expected = dict(silent.named_parameters())
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert torch.allclose(expected[name].grad, parameter.grad, atol=1e-12), name  # type: ignore[arg-type]
+        assert float(model.inside[0].weight.grad[:, :4].abs().sum()) > 0  # type: ignore[index]
+
+    def test_nothing_is_added_but_hooks_that_read_weights(self) -> None:
+        before = {name for name, _ in BenchNet().named_parameters()}
+
+        def check(spy: Spy, context: MethodContext) -> None:
+            assert before == {name for name, _ in context.model.named_parameters()}
+            readers = {m.tensor.rpartition(".")[0] for g in context.groups for m in g.members if m.reads}
+            hooked = {n for n, m in context.model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+            assert hooked == (readers if spy.closed and spy.options.mode == "gate" else set())
+            assert not any(m._backward_hooks or m._backward_pre_hooks for m in context.model.modules())
+            for name in hooked:  # a reader's hook sees no activation: the input is handed on as it is
+                module = context.model.get_submodule(name)
+                x = torch.randn(1, *_input_of(module))
+                assert all(hook(module, (x,)) is None for hook in module._forward_pre_hooks.values())
+                module.__dict__.pop("weight", None)
+
+        for mode in ("gate", "zeroise"):
+            driven({"mode": mode}, seen=check)
+
+    def test_zeroised_filters_are_zero_after_a_step_and_train_on(self) -> None:
+        zero: list[float] = []
+
+        def look(spy: Spy, context: MethodContext) -> None:
+            if spy.closed:
+                weight = context.model.get_submodule("inside.0").weight
+                zero.append(float(weight[spy.closed["inside.0"]].detach().abs().sum()))
+
+        moved: list[float] = []
+
+        class Looks(Spy):
+            def after_step(self, context: MethodContext) -> None:
+                if self.closed and bool(self.closed["inside.0"].any()):
+                    weight = context.model.get_submodule("inside.0").weight
+                    moved.append(float(weight[self.closed["inside.0"]].detach().abs().sum()))
+
+        run = Bench.of(PSAP, {}).run()
+        drive(Looks(PsapOptions(epochs=4, mode="zeroise", protect="none"), look, nothing), run)
+
+        assert zero
+        assert [0.0] * len(zero) == zero
+        assert max(moved) > 0
+
+
+def _input_of(module: nn.Module) -> tuple[int, ...]:
+    return (module.in_features,) if isinstance(module, nn.Linear) else (module.in_channels, 8, 8)  # type: ignore[union-attr,return-value]
+
+
+class TestProtection:
+    def test_a_protected_channel_is_no_candidate_for_as_many_steps_as_its_shield_lasts(self) -> None:
+        protected: list[dict[str, Tensor]] = []
+
+        def look(spy: Spy, context: MethodContext) -> None:
+            if spy.closed:
+                protected.append({name: shield.clone() for name, shield in spy.shields.items()})
+                assert not any(bool((spy.closed[name] & (shield > 0)).any()) for name, shield in spy.shields.items())
+
+        driven(
+            {"epochs": 10, "shield_steps": 2, "probe_deviations": 0.0, "protected_share": 0.3}, seen=look,
+            targets=(Target("ratio", 0.3),),
+        )  # fmt: skip
+
+        counts = torch.cat(list(protected[-1].values()))
+        assert 2 == int(counts.max())
+        assert len({int(v) for own in protected for shield in own.values() for v in shield}) == 3, "2, 1 and 0 occur"
+
+    def test_as_many_are_protected_at_random_as_by_gradients(self) -> None:
+        notes = [driven({"epochs": 1, "protect": protect, "refills": 0})[1].notes for protect in ("gate", "random")]
+
+        assert notes[0][0]["protected"] == notes[1][0]["protected"] > 0
+
+    def test_where_too_much_is_protected_the_target_is_met_all_the_same(self) -> None:
+        options = {"protected_share": 1.0, "probe_deviations": 0.0, "use_deviations": 0.0, "refills": 2}
+
+        _, run = driven(options, targets=(Target("ratio", 0.55),))
+
+        assert run.notes[-1]["share_of_channels"] >= 0.55
+
+    def test_any_criterion_may_rank_and_any_policy_divide(self) -> None:
+        plans = {
+            (criterion, policy): driven({"criterion": criterion, "ratio_policy": policy})[1].applied
+            for criterion in ("l1", "taylor", "random")
+            for policy in (None, "uniform_ratio")
+        }
+
+        assert len({str(plan) for plan in plans.values()}) == 6
+
+    def test_after_the_removal_the_optimizer_keeps_the_moments_of_what_is_left(self) -> None:
+        before: list[Tensor] = []
+
+        class Moments(Spy):
+            def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
+                weight = context.model.get_submodule("inside.0").weight
+                before.append(run.optimizers[0].state[weight]["momentum_buffer"].clone())
+                super().after_epoch(context, phase, epoch)
+                if not self.closed and len(after) == 0:
+                    cut = context.model.get_submodule("inside.0").weight
+                    after.append(run.optimizers[0].state[cut]["momentum_buffer"].clone())
+
+        after: list[Tensor] = []
+        run = Bench.of(PSAP, {}).run()
+        drive(Moments(PsapOptions(epochs=2, soft_share=0.5, probe_batches=1), nothing, nothing), run)
+
+        kept = run.kept["inside.0.weight"]
+        expected = before[0]
+        for dim, index in kept.items():
+            expected = expected.index_select(dim, index)
+        assert torch.equal(expected, after[0])
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"criterion": "lottery_jackpots"}, ConfigError, "'lottery_jackpots' gives no scores"),
+            ({"criterion": "l3"}, UnknownPluginError, "no pruner called 'l3'"),
+            ({"schedule": "uniform_ratio"}, PluginError, "is a ratio policy, expected a schedule"),
+            ({"epochs": 0}, ConfigError, "'epochs' of method 'psap' is 0"),
+            ({"mode": "hard"}, ConfigError, "'mode' of method 'psap'"),
+        ],
+    )
+    def test_is_refused_before_anything_is_trained(
+        self, options: dict[str, object], error: type[NniPruneExtError], message: str
+    ) -> None:
+        bench, steps = Bench.of(PSAP, {}), []
+
+        def counted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            steps.append(1)
+            return cross_entropy(model, batch)
+
+        with pytest.raises(error, match=message):
+            prune(bench.model, bench.example, method=PSAP, target="macs=0.6", options=options,
+                  train_batches=bench.batches, loss=counted)  # fmt: skip
+        assert [] == steps
+
+    def test_a_loss_that_reaches_no_reader_of_a_group_is_named_before_training(self) -> None:
+        run = Bench.of(PSAP, {}).run()
+        run.model.get_submodule("back").requires_grad_(False)
+        weights = copy.deepcopy(run.model.state_dict())
+
+        with pytest.raises(ConfigError, match="no gradient at what reads the channels of 'inside.0' .1 of "):
+            drive(Psap(PsapOptions(epochs=2)), run)
+        assert all(torch.equal(weights[name], now) for name, now in run.model.state_dict().items())
+
+    def test_a_model_without_a_prunable_group_is_refused(self) -> None:
+        run = Bench.of(PSAP, {}).run()
+        run = replace(run, groups=replace(run.groups, groups=()))
+
+        with pytest.raises(ConfigError, match="no channel of BenchNet that may be removed"):
+            drive(Psap(PsapOptions(epochs=2)), run)
+
+
+def test_what_is_read_of_a_method_says_that_it_is_re_derived() -> None:
+    scheduler = load_plugin("schedulers", "psap_ratio")
+
+    assert isinstance(scheduler, SchedulerSpec)
+    for text in (PSAP.summary, scheduler.summary):
+        assert "PSAP (re-derived from the abstract)" in text
+    assert (Psap.__module__ and __import__(Psap.__module__, fromlist=["_"]).__doc__ or "").startswith(
+        "PSAP (re-derived from the abstract)"
+    )
+    assert PSAP is method_spec("psap")
+
+
+def test_a_trial_takes_gradients_off_also_when_it_raises() -> None:
+    model = BenchNet()
+    with pytest.raises(ZeroDivisionError), trial(model):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        raise ZeroDivisionError
+    assert all(parameter.grad is None for parameter in model.parameters())
