@@ -103,10 +103,10 @@ class TestPlantedFilter:
         assert 6 == int(bare.sum()) == int(kept.sum()), "another one takes its place"
         assert method._facts["protected"] >= 1
 
-    def test_protection_drawn_at_random_is_no_help(
+    def test_protection_drawn_at_random_follows_the_seed(
         self, small_but_needed: tuple[nn.Module, list[tuple[Tensor, Tensor]], int]
     ) -> None:
-        model, batches, needed = small_but_needed
+        model, batches, _ = small_but_needed
 
         found = [closed_by(model, batches, protect="random", refills=0)[0] for _ in range(2)]
 
