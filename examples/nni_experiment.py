@@ -50,7 +50,11 @@ def main() -> None:
     space = search_space_for(
         list(plugins("pruners")),
         ["macs=0.5"] if smoke else ["macs=0.3", "macs=0.5", "macs=0.7"],
-        tune={"search_epochs": (1, 1) if smoke else (2, 8), "tune_epochs": (0, 0)}
+        tune={
+            "search_epochs": (1, 1) if smoke else (2, 8),
+            "tune_epochs": (0, 0),
+            "epochs": (2, 2) if smoke else (4, 12),
+        }
         | ({} if smoke else {"steps": (1, 3)}),
     )
     trials = len(plugins("pruners")) if smoke else 12
