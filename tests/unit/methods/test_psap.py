@@ -272,6 +272,14 @@ class TestProtection:
         assert 2 == int(counts.max())
         assert len({int(v) for own in protected for shield in own.values() for v in shield}) == 3, "2, 1 and 0 occur"
 
+    def test_in_both_modes_the_probe_asks_the_network_without_its_candidates(self) -> None:
+        frozen = TrainingSettings(learning_rate=1e-9, weight_decay=0.0, momentum=0.0)
+        options = {"epochs": 1, "soft_share": 1.0, "probe_deviations": 0.0, "use_deviations": 99.0, "probe_batches": 3}
+
+        plans = [driven({**options, "mode": mode}, settings=frozen)[1].applied for mode in ("gate", "zeroise")]
+
+        assert plans[0] == plans[1]
+
     def test_as_many_are_protected_at_random_as_by_gradients(self) -> None:
         notes = [driven({"epochs": 1, "protect": protect, "refills": 0})[1].notes for protect in ("gate", "random")]
 
