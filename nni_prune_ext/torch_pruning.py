@@ -1,4 +1,4 @@
-"""The face for torch-pruning: our criteria and schedules for its pruners, and a pruner whose steps are certified.
+"""The face for torch-pruning: criteria, schedules, ratio policies for its pruners, and one whose steps are certified.
 
 Example:
     >>> import torch, torch_pruning, torchvision
@@ -27,6 +27,7 @@ from nni_prune_ext.adapters.torch_pruning_named_importances import (
     importance_for,
 )
 from nni_prune_ext.adapters.torch_pruning_pruner import CertifiedPruner
+from nni_prune_ext.adapters.torch_pruning_ratios import adapt_ratios
 from nni_prune_ext.adapters.torch_pruning_report import LayerChange, StepReport
 from nni_prune_ext.adapters.torch_pruning_schedules import agp, asfp, cosine, linear, one_shot, schedule_for
 
@@ -43,6 +44,7 @@ __all__ = [
     "RandomImportance",
     "StepReport",
     "TaylorImportance",
+    "adapt_ratios",
     "agp",
     "asfp",
     "cosine",

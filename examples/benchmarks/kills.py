@@ -31,6 +31,7 @@ METHODS["lottery_jackpots"] = [
     "method=lottery_jackpots",
     "options={search_epochs: 3, freeze_epochs: 2, tune_epochs: 3}",
 ]
+METHODS["psap"] = ["method=psap", "options={epochs: 6, soft_share: 0.7, probe_batches: 2}"]
 PARTS = ("plan.json", "model.safetensors")
 
 

@@ -37,11 +37,15 @@ ARMS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "psap_zeroise": ("psap", {"mode": "zeroise"}),
 }
 """Arm → method and options; the arm ``dense`` prunes nothing."""
-GRID = {
-    f"{ratios}+{protect}": ("psap", {"ratio_policy": policy, "protect": protect})
-    for ratios, policy in (("uniform", "uniform_ratio"), ("wsr", None))
-    for protect in ("none", "random", "literal", "gate")
+GRID: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    **{
+        f"{ratios}+{protect}": ("psap", {"ratio_policy": policy, "protect": protect})
+        for ratios, policy in (("uniform", "uniform_ratio"), ("wsr", None))
+        for protect in ("none", "random", "literal", "gate")
+    },
+    "wsr+gate, straight_through": ("psap", {"mode": "straight_through"}),
 }
+"""Ratios + protection, and the third mode."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,21 @@ def crossed(targets: list[str], arms: list[str], seeds: int) -> tuple[Cell, ...]
 
 
 PRUNED = list(ARMS)
+SOFTLY = ["agp", "asfp", "psap"]
 PLANS: Mapping[str, Plan] = {
     "pretrained": Plan(
-        "resnet20", 10,
-        (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5", "macs=0.15"], PRUNED, 2)), limit=12_000,
+        "resnet20", 8,
+        (
+            *crossed(["none"], ["dense"], 2),
+            *crossed(["macs=0.5"], PRUNED, 2),
+            *crossed(["macs=0.15"], ["one_shot", *SOFTLY], 2),
+        ), limit=10_000,
     ),
     "scratch": Plan(
-        "resnet20", 20, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5"], PRUNED, 2)), limit=12_000,
+        "resnet20", 12, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5"], SOFTLY, 2)), limit=10_000,
         pretrained=False, learning_rate=0.1,
     ),
-    "grid": Plan("resnet20", 5, crossed(["macs=0.5"], list(GRID), 3), limit=6_000),
+    "grid": Plan("resnet20", 5, crossed(["macs=0.5"], list(GRID), 2), limit=6_000),
     "pretrained-full": Plan(
         "resnet56", 40, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5", "macs=0.15"], PRUNED, 2)),
     ),
@@ -117,7 +126,8 @@ def run_plan(options: argparse.Namespace, out: Path) -> None:
     done = {row["key"] for row in read_rows(out)}
     bench = None
     for cell in plan.cells:
-        if cell.key in done or (options.only and options.only not in cell.key):
+        others = options.seed is not None and options.seed != cell.seed
+        if cell.key in done or others or (options.only and options.only not in cell.key):
             continue
         bench = bench or Bench(plan, options)
         row = {"key": cell.key, **asdict(cell), **bench.run(cell), "plan": options.plan, "date": str(date.today()),
@@ -134,7 +144,8 @@ class Bench:
         self.plan, self.options = plan, options
         normalisation = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
         self.data = npe.open_data(options.data, limit=plan.limit, **normalisation)
-        self.test = npe.split_batches(self.data, "test", 500, device=options.device)
+        whole = npe.open_data(options.data, **normalisation)  # a limit is one of test images, too
+        self.test = npe.split_batches(whole, "test", 500, device=options.device)
         self.settings = TrainingSettings(
             learning_rate=plan.learning_rate, precision="bf16", channels_last=True, select_best=False
         )
@@ -309,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="cifar10:.", help="cifar10:ROOT")
     parser.add_argument("--weights", help="safetensors or state dict of the dense network")
     parser.add_argument("--only", help="run the cells whose key contains this")
+    parser.add_argument("--seed", type=int, help="run the cells of this seed")
     parser.add_argument("--work", help="folder for checkpoints within a cell")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -13,11 +13,13 @@ One training of ``epochs`` epochs. At the end of every ``interval`` epochs, a pr
    exactly;
 2. in every group the channels with the lowest scores of the criterion are candidates, except those that were shielded
    in the last steps, and those much used in training (running mean of the magnitude of the gate gradient, below);
-3. the candidates are closed on trial, and a few batches run forward and backward. A candidate whose gate gradient, as
-   its readers see it (dL/dm = Σ ⟨W[:, c], dL/dW[:, c]⟩), is far above those of the others, and would lower the loss,
-   is protected and shielded; the next channels take its place, so that the target stays met;
-4. the rest is closed until the next step. ``gate``: readers are deaf to the channel, which loses nothing, and the
-   weights that read it go on learning as if it were open; the masked network is the compact one at every moment.
+3. the candidates are closed on trial, and a few batches run forward and backward. A candidate that was open so far is
+   protected and shielded, if its gate gradient, as its readers see it (dL/dm = Σ ⟨W[:, c], dL/dW[:, c]⟩), is far above
+   those of the others and says that opening it lowers the loss, by more than the next channel in line is used. That
+   one takes its place, so that the target stays met;
+4. the rest is closed until the next step. ``gate``: readers are deaf to the channel, and its weights rest, so that
+   nothing is lost. ``straight_through``: the weights that read it go on learning as if it were open (as in DPF, Lin et
+   al., 2020, https://arxiv.org/abs/2006.07253). In both the masked network is the compact one at every moment.
    ``zeroise``: the filters are set to zero and train on, as in SFP (He et al., 2018,
    https://arxiv.org/abs/1808.06866).
 
@@ -26,10 +28,11 @@ what is left, and the compact network trains on.
 
 Departures from our own notes on the method, where they say otherwise: the bound of a step is relative to the pace of
 the schedule, and the target is met even where the bounds would not allow it; the default criterion looks at all
-weights that hold a channel, because in ``gate`` the writers of closed channels get no gradient; the place of a
-protected channel is always taken by another one; where protection leaves too few candidates, that of used channels
-ends first, then that of shielded ones, then all; statistics of norms are not measured anew right after the removal,
-training goes on there.
+weights that hold a channel, because with gates the writers of closed channels get no gradient; weights of closed
+channels rest by default, a channel closed behind a gate is not brought back by its gradient, and one is protected only
+where it is worth more than what takes its place: each of the three was worse otherwise (see the page of the method).
+That place is always taken; where protection leaves too few candidates, that of used channels ends first, then that of
+shielded ones, then all. Statistics of norms are not measured anew right after the removal, training goes on there.
 """
 
 from __future__ import annotations
@@ -88,6 +91,7 @@ class Psap(PruningMethod):
         self._pace = 0.0
         self._removed = False
         self._row: Tensor | None = None
+        self._line: dict[str, Tensor] = {}
         self._facts = {"protected": 0.0, "revived": 0.0}
 
     def phases(self) -> Sequence[Phase]:
@@ -114,8 +118,9 @@ class Psap(PruningMethod):
 
     def attach(self, context: MethodContext, phase: Phase) -> None:
         """Lets readers be deaf to closed channels."""
-        if self.closed and self.options.mode == "gate":
-            self._gate(context)
+        if self.closed and self.options.mode != "zeroise":
+            for handle in self._readings(context, learn_closed=self.options.mode == "straight_through"):
+                context.on_leave(handle.remove)
 
     def after_backward(self, context: MethodContext) -> None:
         """Notes how much the loss depends on every channel."""
@@ -169,13 +174,14 @@ class Psap(PruningMethod):
         scores = {name: score.cpu() for name, score in _criterion(self.options.criterion)(context).items()}
         ratios = self._ratios(context, scores, fraction, step / self.options.steps)
         protected = {name: torch.zeros_like(gone) for name, gone in before.items()}
-        allocation = self._chosen(context, scores, ratios, fraction, protected)
+        held = [{name: shield > 0 for name, shield in self.shields.items()}, self._used()]
+        allocation = self._chosen(context, scores, ratios, fraction, held)
         for _ in range(0 if self.options.protect == "none" else 1 + self.options.refills):
-            found = self._protected(context, step, protected)
+            found = self._protected(context, step, before, protected)
             if not any(bool(own.any()) for own in found.values()):
                 break
             protected = {name: protected[name] | own for name, own in found.items()}
-            allocation = self._chosen(context, scores, ratios, fraction, protected)
+            allocation = self._chosen(context, scores, ratios, fraction, [protected, *held])
         protected = {name: own & ~self.closed[name] for name, own in protected.items()}
         for name, own in protected.items():
             self.shields[name] = torch.where(own, self.options.shield_steps, (self.shields[name] - 1).clamp(min=0))
@@ -226,10 +232,14 @@ class Psap(PruningMethod):
         scores: Mapping[str, Tensor],
         ratios: Mapping[str, float],
         fraction: float,
-        protected: Mapping[str, Tensor],
+        held: Sequence[Mapping[str, Tensor]],
     ) -> Allocation:
-        """Closes the candidates of a step: as many as the target needs, none that is protected if that is possible."""
-        spared = [protected, {name: shield > 0 for name, shield in self.shields.items()}, self._used()]
+        """Closes the candidates of a step: as many as the target needs, none that is held if that is possible.
+
+        Args:
+            held: group → ``(num_channels,)`` bool, several times; the last ones are given up first.
+        """
+        spared = list(held)
         while True:
             open_scores = dict(scores)
             for own in spared:
@@ -243,6 +253,7 @@ class Psap(PruningMethod):
                 spared.pop()
         gone = removed_channels(allocation.plan, context.groups)
         self.closed = {name: torch.from_numpy(own) for name, own in gone.items()}
+        self._line = open_scores
         self._row = None
         return allocation
 
@@ -251,41 +262,49 @@ class Psap(PruningMethod):
         if self.options.protect == "none":
             return {name: torch.zeros_like(gone) for name, gone in self.closed.items()}
         return {
-            name: use > use.mean() + self.options.use_deviations * use.std(correction=0)
+            name: use > use[heard].mean() + self.options.use_deviations * use[heard].std(correction=0)
             for name, use in self.use.items()
+            for heard in [~self.closed[name].to(use.device)]
         }
 
-    def _protected(self, context: MethodContext, step: int, already: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _protected(
+        self, context: MethodContext, step: int, before: Mapping[str, Tensor], already: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Probes the channels that are closed now; returns those to protect."""
         own = self.options
-        if own.protect == "literal":
-            self._row = self._all_open(context)
-            try:
+        handles = self._readings(context, learn_closed=True) if own.protect != "literal" else []
+        try:
+            if own.protect == "literal":
+                self._row = self._all_open(context)
                 found = literal_probe(context, own.probe_batches, self.closed)
-            finally:
-                self._row = None
-        else:
-            gates = [] if own.mode == "gate" else self._readings(context)
-            try:
+            else:
                 found = gate_probe(context, own.probe_batches)
-            finally:
-                for handle in gates:
-                    handle.remove()
-        chosen = {
-            name: important(*found[name], gone, deviations=own.probe_deviations, share=own.protected_share)
-            for name, gone in self.closed.items()
-        }
-        if own.protect == "random":
-            generator = torch.Generator().manual_seed(context.seed * EPOCH_STRIDE + step)
-            chosen = {name: _drawn(self.closed[name], int(best.sum()), generator) for name, best in chosen.items()}
-        return {name: best & ~already[name] for name, best in chosen.items()}
+        finally:
+            self._row = None
+            for handle in handles:
+                handle.remove()
+        generator = torch.Generator().manual_seed(context.seed * EPOCH_STRIDE + step)
+        chosen = {}
+        for name, gone in self.closed.items():
+            candidates = gone if own.mode == "zeroise" else gone & ~before[name]
+            best = important(
+                *found[name], gone, candidates, self._next(name),
+                deviations=own.probe_deviations, share=own.protected_share,
+            )  # fmt: skip
+            best = _drawn(candidates, int(best.sum()), generator) if own.protect == "random" else best
+            chosen[name] = best & ~already[name]
+        return chosen
 
-    def _gate(self, context: MethodContext) -> None:
-        for handle in self._readings(context):
-            context.on_leave(handle.remove)
+    def _next(self, name: str) -> Tensor:
+        """Returns the open channels of a group that may be closed, lowest scores first, ``(K,)``."""
+        scores = self._line[name].masked_fill(self.closed[name], torch.inf)
+        order = scores.argsort(stable=True)
+        return order[scores[order] < torch.inf]
 
-    def _readings(self, context: MethodContext) -> list[RemovableHandle]:
-        return gate_consumers(context.model, context.groups, lambda: self._gates(context), learn_closed=True).handles
+    def _readings(self, context: MethodContext, *, learn_closed: bool) -> list[RemovableHandle]:
+        return gate_consumers(
+            context.model, context.groups, lambda: self._gates(context), learn_closed=learn_closed
+        ).handles
 
     def _gates(self, context: MethodContext) -> Tensor:
         """Returns one gate per channel of all groups and a 1 behind them."""

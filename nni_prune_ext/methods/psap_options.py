@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nni_prune_ext.scoring.weight_sparsity import Threshold
 
-Mode = Literal["gate", "zeroise"]
+Mode = Literal["gate", "straight_through", "zeroise"]
 Protection = Literal["none", "random", "literal", "gate"]
 _ASSUMED = "assumed: the paper's text was not available"
 
@@ -73,9 +73,9 @@ class PsapOptions(BaseModel):
     )
     mode: Mode = Field(
         default="gate",
-        description="what pruning does before the removal: gate makes readers deaf to a channel and keeps its weights, "
-        "zeroise sets the weights that write it to zero",
-        json_schema_extra={"source": f"{_ASSUMED}; zeroise is what SFP does"},
+        description="what pruning does before the removal: gate makes readers deaf to a channel and lets its weights "
+        "rest, straight_through lets readers learn as if they heard it, zeroise sets what writes it to zero",
+        json_schema_extra={"source": f"{_ASSUMED}; straight_through as in DPF, zeroise as in SFP"},
     )
     protect: Protection = Field(
         default="gate",
@@ -90,21 +90,22 @@ class PsapOptions(BaseModel):
         json_schema_extra={"source": _ASSUMED, "search": [1, 32]},
     )
     probe_deviations: float = Field(
-        default=1.0,
+        default=2.0,
         ge=0,
         allow_inf_nan=False,
-        description="standard deviations above the mean of the group's candidates from which a probed one is protected",
+        description="standard deviations above the mean of the group's closed channels from which a probed one is "
+        "protected; by 2, one of five or fewer cannot stand out",
         json_schema_extra={"source": _ASSUMED, "search": [0.0, 3.0]},
     )
     protected_share: float = Field(
-        default=0.25,
+        default=0.1,
         ge=0,
         le=1,
-        description="largest share of a group's candidates that one probe protects",
+        description="largest share of a group's candidates that one probe protects, rounded up",
         json_schema_extra={"source": _ASSUMED, "search": [0.0, 0.5]},
     )
     refills: int = Field(
-        default=1,
+        default=0,
         ge=0,
         description="probes of the channels that take the places of protected ones",
         json_schema_extra={"source": _ASSUMED, "search": [0, 2]},

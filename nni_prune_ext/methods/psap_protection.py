@@ -5,6 +5,7 @@ A probe changes nothing: weights, statistics of norms, optimizers and random sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -118,23 +119,36 @@ def literal_probe(
     return {name: (size, -size) for name, (size, _) in found.items()}
 
 
-def important(size: Tensor, signed: Tensor, candidates: Tensor, *, deviations: float, share: float) -> Tensor:
+def important(
+    size: Tensor,
+    signed: Tensor,
+    closed: Tensor,
+    candidates: Tensor,
+    instead: Tensor,
+    *,
+    deviations: float,
+    share: float,
+) -> Tensor:
     """Returns the candidates that a probe protects, ``(num_channels,)`` bool.
 
-    Those whose statistic is so many standard deviations above the mean of all candidates of the group, and whose
-    opening lowers the loss; of these the largest, at most a share of the candidates.
+    Those whose statistic is so many standard deviations above the mean of all closed channels of the group, and whose
+    opening lowers the loss by more than the loss depends on the channel that takes the place; of these the best, at
+    most a share of the candidates, rounded up.
 
     Args:
         size: ``(num_channels,)``, mean magnitude.
         signed: ``(num_channels,)``, mean; below 0 says that opening the channel lowers the loss.
-        candidates: ``(num_channels,)`` bool.
+        closed: ``(num_channels,)`` bool.
+        candidates: ``(num_channels,)`` bool, those of the closed ones that may be opened.
+        instead: ``(K,)`` int64, the channels that are closed in their places, first one first.
     """
     result = torch.zeros_like(candidates)
-    own = size[candidates]
-    most = int(share * len(own) + 1e-9)
+    most = min(math.ceil(share * int(candidates.sum()) - 1e-9), len(instead))
     if not most:
         return result
-    bar = own.mean() + deviations * own.std(correction=0)
+    bar = size[closed].mean() + deviations * size[closed].std(correction=0)
     good = (candidates & (size > bar) & (signed < 0)).nonzero()[:, 0]
-    result[good[size[good].argsort(descending=True, stable=True)[:most]]] = True
+    best = good[signed[good].argsort(stable=True)[:most]]
+    worth = -signed[best] > size[instead[: len(best)]]
+    result[best[worth.cumprod(0).bool()]] = True
     return result

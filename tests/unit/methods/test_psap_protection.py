@@ -58,13 +58,15 @@ def most_needed(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> int:
     return max(range(12), key=losses.__getitem__)
 
 
-def closed_by(model: nn.Module, batches: list[tuple[Tensor, Tensor]], **options: object) -> tuple[Tensor, Psap]:
+def closed_by(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], *, seed: int = 0, **options: object
+) -> tuple[Tensor, Psap]:
     """Returns what one pruning step closes of twelve channels, six asked for."""
     run = MethodRun(
         model=copy.deepcopy(model), batches_=batches, example_inputs=batches[0][0][:1],
         settings=TrainingSettings(learning_rate=1e-6, weight_decay=0.0),
         groups=trace_channel_groups(model, batches[0][0][:1]), targets=(Target("ratio", 0.5),),
-        limits=Limits(max_ratio=0.9),
+        limits=Limits(max_ratio=0.9), seed=seed,
     )  # fmt: skip
     seen: list[Tensor] = []
 
@@ -112,6 +114,16 @@ class TestPlantedFilter:
 
         assert torch.equal(*found), "drawn from the seed"
         assert 6 == int(found[0].sum())
+
+    def test_protection_drawn_at_random_is_no_help(
+        self, small_but_needed: tuple[nn.Module, list[tuple[Tensor, Tensor]], int]
+    ) -> None:
+        model, batches, needed = small_but_needed
+
+        found = [closed_by(model, batches, protect="random", refills=0, seed=seed) for seed in range(12)]
+
+        assert all(method._facts["protected"] == 1 for _, method in found), "one of six, as by gradients"
+        assert sum(bool(closed[needed]) for closed, _ in found) >= 6
 
     def test_a_decoy_that_nobody_reads_is_not_protected(
         self, small_but_needed: tuple[nn.Module, list[tuple[Tensor, Tensor]], int]
@@ -211,24 +223,45 @@ class TestProbe:
 
 class TestImportant:
     def test_is_what_stands_out_among_the_candidates_and_would_lower_the_loss(self) -> None:
-        size = torch.tensor([9.0, 0.1, 0.1, 0.1, 3.0, 0.1, 0.1, 0.1, 0.1])
-        signed = torch.where(torch.arange(9) == 4, -size, size)
-        candidates = torch.arange(9) > 0  # the first one is no candidate
+        size = torch.tensor([9.0, 0.1, 0.1, 0.1, 3.0, 0.1, 0.1, 0.1, 0.1, 1.0])
+        signed = torch.where(torch.arange(10) == 4, -size, size)
+        candidates = (torch.arange(10) > 0) & (torch.arange(10) < 9)  # the first and the last one are no candidates
 
-        found = important(size, signed, candidates, deviations=1.0, share=0.25)
+        assert [4] == protected(size, signed, candidates, [9])
+        assert [] == protected(size, size, candidates, [9]), "opening it would harm"
 
-        assert [4] == found.nonzero()[:, 0].tolist()
-        assert not important(size, size, candidates, deviations=1.0, share=0.25).any(), "opening it would harm"
+    def test_is_at_most_a_share_of_them_the_best_first(self) -> None:
+        size = torch.tensor([8.0, 7.0, 6.0, 5.0, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0, 0.0])
+        signed = -torch.tensor([6.0, 7.0, 5.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0, 0.0])
 
-    def test_is_at_most_a_share_of_them_the_largest_first(self) -> None:
-        size = torch.tensor([8.0, 7.0, 6.0, 5.0, 0.1, 0.1, 0.1, 0.1])
+        assert [0, 1] == protected(size, signed, torch.arange(11) < 8, [8, 9, 10], deviations=0.0)
 
-        found = important(size, -size, torch.ones(8).bool(), deviations=0.0, share=0.25)
+    def test_is_worth_more_than_what_takes_its_place(self) -> None:
+        size = torch.tensor([8.0, 7.0, 0.1, 0.1, 7.5, 7.5, 0.0, 0.0])
+        candidates = torch.arange(8) < 4
+        settings = {"deviations": 0.0, "share": 0.5}
 
-        assert [0, 1] == found.nonzero()[:, 0].tolist()
+        assert [0] == protected(size, -size, candidates, [4, 5], **settings), "8 > 7.5, 7 < 7.5"
+        assert [0, 1] == protected(size, -size, candidates, [4, 6], **settings)
+        assert [0] == protected(size, -size, candidates, [6], **settings), "there is one place only"
+        assert [] == protected(size, -size, candidates, [], **settings)
 
-    def test_is_nothing_where_all_are_alike_or_there_are_too_few(self) -> None:
-        same, few = torch.ones(8), torch.tensor([5.0, 1.0, 1.0])
+    def test_stands_out_among_all_that_are_closed_also_where_it_is_the_only_candidate(self) -> None:
+        size = torch.tensor([4.0, 1.0, 1.0, 1.0, 0.0])
+        closed, places = torch.arange(5) < 4, torch.tensor([4])
 
-        assert not important(same, -same, torch.ones(8).bool(), deviations=0.0, share=0.5).any()
-        assert not important(few, -few, torch.ones(3).bool(), deviations=0.0, share=0.25).any()
+        for channel, expected in ((0, [0]), (1, [])):
+            found = important(size, -size, closed, torch.arange(5) == channel, places, deviations=1.0, share=0.25)
+            assert expected == found.nonzero()[:, 0].tolist()
+
+    def test_is_one_where_candidates_are_few_and_none_where_all_are_alike(self) -> None:
+        same, few = torch.cat([torch.ones(8), torch.zeros(8)]), torch.tensor([5.0, 1.0, 1.0, 0.0])
+
+        assert [] == protected(same, -same, torch.arange(16) < 8, [8, 9], deviations=0.0, share=0.5)
+        assert [0] == protected(few, -few, torch.arange(4) < 3, [3], deviations=0.0), "a quarter of three, rounded up"
+        assert [] == protected(few, -few, torch.arange(4) < 3, [3], deviations=0.0, share=0.0)
+
+
+def protected(size: Tensor, signed: Tensor, candidates: Tensor, instead: list[int], **settings: float) -> list[int]:
+    places, chosen = torch.tensor(instead, dtype=torch.int64), {"deviations": 1.0, "share": 0.25, **settings}
+    return important(size, signed, candidates, candidates, places, **chosen).nonzero()[:, 0].tolist()
