@@ -24,6 +24,7 @@ FPGMPruner = pruner_for("fpgm")
 RandomPruner = pruner_for("random")
 LotteryJackpotsPruner = pruner_for("lottery_jackpots")
 PSAPPruner = pruner_for("psap")
+ReconstructionPruner = pruner_for("reconstruction")
 
 LinearPruner = scheduled_pruner_for("linear")
 AGPPruner = scheduled_pruner_for("agp")
@@ -53,6 +54,7 @@ __all__ = [
     "PSAPPruner",
     "PSAPRatioPruner",
     "RandomPruner",
+    "ReconstructionPruner",
     "ReplacePruner",
     "SchedulerPruner",
     "ShortRestrictionPruner",

@@ -24,6 +24,7 @@ from nni_prune_ext.adapters.torch_pruning_importance import (
 from nni_prune_ext.adapters.torch_pruning_named_importances import (
     LotteryJackpotsImportance,
     PSAPImportance,
+    ReconstructionImportance,
     importance_for,
 )
 from nni_prune_ext.adapters.torch_pruning_pruner import CertifiedPruner
@@ -42,6 +43,7 @@ __all__ = [
     "MethodImportance",
     "PSAPImportance",
     "RandomImportance",
+    "ReconstructionImportance",
     "StepReport",
     "TaylorImportance",
     "adapt_ratios",

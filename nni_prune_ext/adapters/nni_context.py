@@ -86,9 +86,9 @@ class NniRun(MethodRun):
         """Returns the tensors that the config_list names, if it asks for single weights; shared ones once."""
         return tuple(name for name, _ in self.model.named_parameters() if name in self._named)
 
-    def masked_counts(self, magnitudes: Mapping[str, Tensor]) -> dict[str, int]:
+    def masked_counts(self, magnitudes: Mapping[str, Tensor], *, fraction: float = 1.0) -> dict[str, int]:
         """Plans by the config_list: its ratio of each tensor, or one threshold for a global group."""
-        return counts_of_weights(self._named, averaged(magnitudes))
+        return counts_of_weights(self._named, averaged(magnitudes), fraction)
 
     @property
     def _named(self) -> dict[str, Place]:

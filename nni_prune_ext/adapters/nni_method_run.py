@@ -34,7 +34,7 @@ def run_method(method: PruningMethod, run: NniRun, evaluator: TorchEvaluator | N
 
         def collect(count: int) -> list[StepCall]:
             training.close()
-            return collected_calls(training.evaluator, copy.deepcopy(run.model), count)
+            return collected_calls(training.evaluator, copy.deepcopy(run.model).requires_grad_(True), count)
 
         run.collect = collect
         run.host_epoch = lambda method: training.epoch(run, method)

@@ -39,7 +39,9 @@ def make_masks(channels: ChannelTargets, places: Sequence[Place], metrics: Masks
     return masks
 
 
-def counts_of_weights(places: Mapping[str, Place], magnitudes: Mapping[str, Tensor]) -> dict[str, int]:
+def counts_of_weights(
+    places: Mapping[str, Place], magnitudes: Mapping[str, Tensor], fraction: float = 1.0
+) -> dict[str, int]:
     """Returns tensor name → how many of its single weights are masked: the ratio rounded up, within its limits.
 
     The tensors of a global group are masked below one threshold, at the group's ratio of all their weights together. Of
@@ -48,6 +50,7 @@ def counts_of_weights(places: Mapping[str, Place], magnitudes: Mapping[str, Tens
     Args:
         places: tensor name → its target, with a ratio.
         magnitudes: tensor name → magnitudes of its weights, of any shape.
+        fraction: of the ratios, 0–1.
     """
     together: dict[tuple[str, ...], list[str]] = {}
     for name in magnitudes:
@@ -61,7 +64,7 @@ def counts_of_weights(places: Mapping[str, Place], magnitudes: Mapping[str, Tens
         most = sum(_most(places[name], values.numel()) for name, values in own.items())
         reachable = most / sum(values.numel() for values in own.values())
         limits = {name.removesuffix(".weight"): _limit(places[name]) for name in names}
-        counts |= masked_counts(own, min(asked, reachable), limits=Limits(layers=limits))
+        counts |= masked_counts(own, min(fraction * asked, reachable), limits=Limits(layers=limits))
     return {name: counts[name] for name in magnitudes}
 
 

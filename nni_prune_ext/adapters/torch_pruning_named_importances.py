@@ -28,6 +28,12 @@ class PSAPImportance(DecisionImportance):
     method = "psap"
 
 
+class ReconstructionImportance(DecisionImportance):
+    """Scores channels by what rounds on the joint loss of task and reconstruction remove from a copy."""
+
+    method = "reconstruction"
+
+
 _NAMED: dict[str, type[MethodImportance]] = {
     own.method: own
     for own in (
@@ -38,6 +44,7 @@ _NAMED: dict[str, type[MethodImportance]] = {
         TaylorImportance,
         LotteryJackpotsImportance,
         PSAPImportance,
+        ReconstructionImportance,
     )
 }
 

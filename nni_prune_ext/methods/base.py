@@ -77,6 +77,7 @@ class MethodContext(Protocol):
     """The network; replaced by ``apply``."""
     groups: ChannelGroups
     """Its prunable channel groups."""
+    example_inputs: ExampleInputs
     progress: float
     """Share of all epochs of the method that are done, 0–1."""
     seed: int
@@ -100,8 +101,11 @@ class MethodContext(Protocol):
     ) -> Allocation:
         """Turns scores into a plan on the way to the targets (``nni_prune_ext.allocation.allocate``)."""
 
-    def masked_counts(self, magnitudes: Mapping[str, Tensor]) -> Mapping[str, int]:
-        """Says how many single weights of each tensor are to be masked, given magnitudes of all that may be."""
+    def masked_counts(self, magnitudes: Mapping[str, Tensor], *, fraction: float = 1.0) -> Mapping[str, int]:
+        """Says how many single weights of each tensor are to be masked, given magnitudes of all that may be.
+
+        ``fraction`` (0–1) of the sparsity that was asked for.
+        """
 
     def apply(self, plan: PruningPlan) -> Removal:
         """Removes channels now, certified: the model, its optimizers and everything that follows are cut alike."""

@@ -166,9 +166,9 @@ class MethodRun:
             reference=self._reference,
         )
 
-    def masked_counts(self, magnitudes: Mapping[str, Tensor]) -> dict[str, int]:
+    def masked_counts(self, magnitudes: Mapping[str, Tensor], *, fraction: float = 1.0) -> dict[str, int]:
         """Plans the sparsity that was asked for: one threshold over all tensors, or one share of each (``scope``)."""
-        sparsity = sparsity_of(self.targets) or 0.0
+        sparsity = fraction * (sparsity_of(self.targets) or 0.0)
         return masked_counts(averaged(magnitudes), sparsity, scope=self.scope, limits=self.limits)
 
     def apply(self, plan: PruningPlan) -> Removal:

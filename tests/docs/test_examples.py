@@ -50,6 +50,24 @@ def test_psap_and_its_ratios_run_in_an_nni_script() -> None:
     assert float(low) < 0.5 < float(high)
 
 
+def test_reconstruction_and_its_control_run_in_an_nni_script() -> None:
+    program = [sys.executable, str(ROOT / "examples" / "nni_reconstruction.py"), "--smoke"]
+
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+    assert 0 == done.returncode, done.stderr[-2000:]
+    difference = float(done.stdout.partition("ONNX: ")[2].partition("difference ")[2].split()[0])
+    assert difference < 1e-4
+    dense, control, joint = (
+        int(done.stdout.partition(f"{name}: ")[2].split()[0].replace(",", ""))
+        for name in ("dense", "weight 0", "weight 10")
+    )
+    assert control == joint < dense
+    assert "reconstruction error" in done.stdout.partition("weight 10: ")[2].partition("\n")[0]
+
+
 def test_quickstart_is_short() -> None:
     lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
 

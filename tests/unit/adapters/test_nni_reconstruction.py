@@ -1,0 +1,68 @@
+"""Reconstruction in NNI and torch-pruning: only the class is swapped, up to ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch_pruning as tp
+from nni_bench import IMAGE, LAYERS, batches, config, evaluator, network, shares
+
+from nni_prune_ext.certificate import certify_plan
+from nni_prune_ext.export.onnx_static import export_onnx
+from nni_prune_ext.pruning import ReconstructionPruner, pruner_for
+from nni_prune_ext.speedup import ModelSpeedup
+from nni_prune_ext.torch_pruning import ReconstructionImportance, importance_for
+
+SHORT = {"decoder_epochs": 1, "rounds": 2, "round_epochs": 1, "score_batches": 1}
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_the_pruner_leaves_first_weights_and_masks_that_the_speedup_removes(criterion: str, tmp_path: Path) -> None:
+    model = network()
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruner = ReconstructionPruner(model, config(0.5), evaluator(model), criterion=criterion, **SHORT)
+
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+
+    assert {"decoder_error_last", "rounds_error_last"} < set(pruner.outcome.facts)
+    assert certify_plan(network(), pruner.plan(), IMAGE, groups=pruner.channels.groups).exact
+    assert all(torch.equal(first[name], tensor) for name, tensor in model.state_dict().items()), "rewound"
+    total = sum(share * network().get_submodule(layer).weight.shape[0] for layer, share in shares(masks).items())
+    assert 0.5 * sum(network().get_submodule(layer).weight.shape[0] for layer in LAYERS) == pytest.approx(total, abs=16)
+    ModelSpeedup(model, IMAGE, masks).speedup_model()
+    exported = export_onnx(model, IMAGE, tmp_path / "smaller.onnx", given_inputs=[batches()[0][0]])
+    assert exported.parity is not None
+    assert exported.parity.max_rel < 1e-4
+
+
+def test_single_weights_are_masked_at_the_ratio_of_their_layer() -> None:
+    model = network()
+    entries = [{"op_names": list(LAYERS), "sparse_ratio": 0.6, "granularity": [1, 1]}]
+    entries = [{"op_names": ["conv1", "conv2"], "sparse_ratio": 0.6, "granularity": [1, 1, 1, 1]}]
+    pruner = ReconstructionPruner(model, entries, evaluator(model), keep_stem=False, **SHORT)
+
+    _, masks = pruner.compress()
+
+    for layer in ("conv1", "conv2"):
+        own = masks[layer]["weight"]
+        assert own.numel() * 0.4 - 1 <= float(own.sum()) <= own.numel() * 0.4
+
+
+def test_in_torch_pruning_what_it_removes_from_a_copy_goes_first() -> None:
+    model = network()
+    importance = ReconstructionImportance(
+        model, IMAGE, batches=batches(), pruning_ratio=0.5, options=SHORT, ignored_layers=[model.fc2]
+    )
+    pruner = tp.pruner.BasePruner(
+        model, (IMAGE,), importance=importance, pruning_ratio=0.5, ignored_layers=[model.fc2], in_channel_groups={},
+        out_channel_groups={}, num_heads={},
+    )  # fmt: skip
+
+    pruner.step()
+
+    assert ReconstructionImportance is importance_for("reconstruction")
+    assert ReconstructionPruner is pruner_for("reconstruction")
+    assert (4, 8, 16) == (model.conv1.out_channels, model.conv2.out_channels, model.fc1.out_features)
