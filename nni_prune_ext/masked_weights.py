@@ -76,6 +76,20 @@ class Readings:
     handles: list[RemovableHandle]
     unread: set[str]
 
+    def check(self) -> None:
+        """Refuses, after a forward pass, parameters that nobody has read through their function.
+
+        Raises:
+            ConfigError: with the name of one.
+        """
+        if self.unread:
+            name = min(self.unread)
+            raise ConfigError(
+                f"'{name}' was never read through its mask ({len(self.unread)} such parameters), expected its layer "
+                "to use it in its own forward. Exclude layers that the loss does not use, and those whose weight "
+                "another module uses directly."
+            )
+
 
 def read_through(model: nn.Module, readings: Mapping[str, Reading]) -> Readings:
     """Lets modules read parameters through functions while they run.

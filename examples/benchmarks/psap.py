@@ -1,20 +1,24 @@
 """PSAP (re-derived from the abstract) beside what it is made of: one shot, AGP, soft pruning, and its own parts.
 
 Every arm starts from the same weights (or from none), sees the same images for the same number of epochs, meets the
-same target, and is measured at its last epoch: nothing is selected. The learning rate falls along one cosine; that of
-``agp`` along one per cut and one after the last. The dense network is trained as long. Finished cells are kept in a
-file of JSON lines, unfinished ones in checkpoints (``--work``), so that the script can be stopped and started again.
-``--cost`` times training with PSAP beside training without; ``--summary`` writes the tables.
+same target, and is measured at its last epoch after its statistics of norms were measured anew: nothing is selected.
+The learning rate falls along one cosine; only in ``agp``, which cuts hard after each of the epochs in which the soft
+methods prune, it stays at its peak until the last cut and falls along a cosine from there. ``one_shot`` cuts before the
+first epoch. Both rank all groups together by L2; ``uniform_soft`` and ``uniform_zeroise`` (in the manner of ASFP) prune
+every group alike. The dense network is trained as long. Finished cells are kept in a file of JSON lines, unfinished
+ones in checkpoints (``--work``), so that the script can be stopped and started again. ``--cost`` times training with
+PSAP beside training without; ``--summary`` writes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
@@ -24,17 +28,16 @@ import nni_prune_ext as npe
 from nni_prune_ext.checkpoints import Checkpoints, fingerprint
 from nni_prune_ext.evaluation import environment
 from nni_prune_ext.text_files import write_text
-from nni_prune_ext.training import EpochLog, TrainingSettings, Watcher, fit
+from nni_prune_ext.training import Batches, EpochLog, TrainingSettings, Watcher, fit
 
 HERE = Path(__file__).resolve().parent
-SOFT: Mapping[str, object] = {"ratio_policy": "uniform_ratio", "protect": "none", "mode": "zeroise"}
+UNIFORM: Mapping[str, object] = {"ratio_policy": "uniform_ratio", "protect": "none"}
 ARMS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "one_shot": ("l2", {}),
     "agp": ("l2", {"schedule": "agp"}),
-    "sfp": ("psap", {**SOFT, "schedule": "one_shot"}),
-    "asfp": ("psap", SOFT),
+    "uniform_zeroise": ("psap", {**UNIFORM, "mode": "zeroise"}),
+    "uniform_soft": ("psap", UNIFORM),
     "psap": ("psap", {}),
-    "psap_zeroise": ("psap", {"mode": "zeroise"}),
 }
 """Arm → method and options; the arm ``dense`` prunes nothing."""
 GRID: Mapping[str, tuple[str, Mapping[str, object]]] = {
@@ -72,7 +75,6 @@ class Plan:
     limit: int | None = None
     pretrained: bool = True
     learning_rate: float = 0.02
-    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def crossed(targets: list[str], arms: list[str], seeds: int) -> tuple[Cell, ...]:
@@ -81,18 +83,18 @@ def crossed(targets: list[str], arms: list[str], seeds: int) -> tuple[Cell, ...]
 
 
 PRUNED = list(ARMS)
-SOFTLY = ["agp", "asfp", "psap"]
+HARD = ["one_shot", "agp", "uniform_soft", "psap"]
 PLANS: Mapping[str, Plan] = {
     "pretrained": Plan(
         "resnet20", 8,
         (
             *crossed(["none"], ["dense"], 2),
             *crossed(["macs=0.5"], PRUNED, 2),
-            *crossed(["macs=0.15"], ["one_shot", *SOFTLY], 2),
-        ), limit=10_000,
+            *crossed(["macs=0.15"], HARD, 2),
+        ), limit=8_000,
     ),
     "scratch": Plan(
-        "resnet20", 12, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5"], SOFTLY, 2)), limit=10_000,
+        "resnet20", 10, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5"], HARD[1:], 2)), limit=8_000,
         pretrained=False, learning_rate=0.1,
     ),
     "grid": Plan("resnet20", 5, crossed(["macs=0.5"], list(GRID), 2), limit=6_000),
@@ -158,34 +160,53 @@ class Bench:
         train = npe.split_batches(self.data, "train", 128, seed=cell.seed, device=self.options.device)
         folder = None if self.options.work is None else self._checkpoints(cell, dense)
         if cell.arm == "dense":
-            logs = fit(dense, train, epochs=epochs, settings=self.settings, seed=cell.seed, checkpoints=folder,
-                       watcher=Told(cell.key))  # fmt: skip
-            return {"test": npe.accuracy(dense, self.test), "macs": 1.0, "epochs": [vars(log) for log in logs],
+            logs = self._fit(dense, train, epochs, cell, folder)
+            return {"test": self._tested(dense, train), "macs": 1.0, "epochs": [vars(log) for log in logs],
                     **since(began)}  # fmt: skip
         method, chosen = {**ARMS, **GRID}[cell.arm]
         soft = round(0.8 * epochs)
+        settings, before, after, first = self.settings, 0, 0, []
         if method == "psap":
-            chosen, recovery = {"epochs": epochs, **self.plan.options, **chosen}, 0
-        elif "schedule" in chosen:  # a cut before every epoch until the soft methods remove, too
-            chosen, recovery = {"steps": soft + 1, "epochs_per_step": 1, **chosen}, epochs - soft
+            chosen = {"epochs": epochs, **chosen}
+        elif cell.arm == "agp":  # a cut after each of the first epochs, at the peak rate until the last one
+            settings, before, after = settings.model_copy(update={"schedule": "constant"}), 1, epochs - soft
+            chosen = {"steps": soft, "epochs_per_step": 1, **chosen}
+            first = self._fit(dense, train, before, cell, folder and folder.stage("first"), settings)
         else:
-            recovery = epochs
+            after = epochs
         result = npe.prune(
             dense, example, method=method, target=cell.target, options=chosen, train_batches=train,
-            recover_epochs=recovery, settings=self.settings, checkpoints=folder, seed=cell.seed, watcher=Told(cell.key),
+            settings=settings, checkpoints=folder, seed=cell.seed, watcher=Told(cell.key),
         )  # fmt: skip
+        after_cut = self._tested(result.model, train)
+        last = self._fit(result.model, train, after, cell, folder and folder.stage("last")) if after else []
+        logs = [*first, *result.logs, *last]
+        assert len(logs) == epochs, "all arms train as long"
         notes = [dict(note) for note in result.notes]
         return {
-            "after_cut": npe.accuracy(result.removed_only, self.test) if recovery else None,
-            "test": npe.accuracy(result.model, self.test),
+            "after_cut": after_cut if after else None,
+            "test": self._tested(result.model, train),
             "macs": result.costs.macs / result.dense.macs,
             "params": result.costs.params / result.dense.params,
             "certified": bool(result.certificate and result.certificate.exact),
             "facts": dict(result.outcome.facts),
-            "epochs": [vars(log) for log in result.logs],
+            "epochs": [vars(log) for log in logs],
             "notes": notes,
             **since(began),
         }
+
+    def _fit(
+        self, model: torch.nn.Module, train: Batches, epochs: int, cell: Cell, folder: Checkpoints | None,
+        settings: TrainingSettings | None = None,
+    ) -> list[EpochLog]:  # fmt: skip
+        return fit(model, train, epochs=epochs, settings=settings or self.settings, seed=cell.seed, checkpoints=folder,
+                   watcher=Told(cell.key))  # fmt: skip
+
+    def _tested(self, model: torch.nn.Module, train: Batches) -> float:
+        """Returns test accuracy with statistics of norms measured anew, in a copy."""
+        measured = copy.deepcopy(model)
+        npe.recalibrate_batchnorm(measured, train)
+        return npe.accuracy(measured, self.test)
 
     def _dense(self, seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -236,7 +257,7 @@ def cost(options: argparse.Namespace) -> dict:
 
 
 class Clock(Watcher):
-    """Notes the CPU time between the ends of epochs: of the second and, at its beginning, the first pruning step."""
+    """Notes the CPU time between the ends of epochs: that of the second one, and of the pruning step at its end."""
 
     def __init__(self) -> None:
         self.between: list[float] = []
@@ -305,7 +326,8 @@ def table(rows: list[dict]) -> Iterator[str]:
         ]  # fmt: skip
         yield (
             f"| {target} | {arm} | {statistics.fmean(scores):.2f} ({', '.join(f'{s:.2f}' for s in scores)}) | "
-            f"{cells[0]['macs']:.3f} | {cells[0].get('params', 1):.3f} | {facts[0]} | {facts[1]} |"
+            f"{statistics.fmean(cell['macs'] for cell in cells):.3f} | "
+            f"{statistics.fmean(cell.get('params', 1) for cell in cells):.3f} | {facts[0]} | {facts[1]} |"
         )
 
 

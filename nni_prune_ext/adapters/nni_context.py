@@ -127,7 +127,8 @@ class NniRun(MethodRun):
         }
         widths = {group.name: group.num_channels for group in self.whole}
         gone_share = {name: 1 - count / widths[name] for name, count in kept.items()}
-        return Allocation(plan, (), kept, gone_share, {"ratio": 1 - sum(kept.values()) / max(sum(widths.values()), 1)})
+        share = 1 - sum(kept.values()) / max(sum(widths.values()), 1)
+        return Allocation(plan, (), kept, gone_share, {"ratio": share}, dict.fromkeys(kept, 1.0))
 
     def _goals(self, places: Sequence[Place], fraction: float, ratios: Mapping[str, float] | None) -> dict[str, float]:
         """Returns tensor name → share of the goal, or goal itself where a ratio policy is in charge."""

@@ -77,7 +77,6 @@ def adapt_ratios(pruner: tp.pruner.BasePruner, policy: str = "psap_ratio") -> di
         previous[name] = 1 - pruner.DG.get_out_channels(root) / first[name]
     _check(pruner, layers)
     relative = rule(weights, previous, step / pruner.iterative_steps)
-    relative = relative if any(relative.values()) else dict.fromkeys(weights, 1.0)
     due = {name: pruner.pruning_ratio_dict[own[0]][step] for name, own in layers.items()}
     share = sum(first[name] * ratio for name, ratio in due.items()) / sum(first.values())
     caps = {name: max(float(pruner.max_pruning_ratio), gone) for name, gone in previous.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Allocation:
         kept: group → number of channels that stay.
         ratios: group → share of the dense model's channels that is gone after the plan.
         predicted: ``macs``, ``params``, ``memory`` and ``ratio`` after the plan.
+        largest: group → the largest such share that the limits and infinite scores allow.
     """
 
     plan: PruningPlan
@@ -41,6 +42,7 @@ class Allocation:
     kept: Mapping[str, int]
     ratios: Mapping[str, float]
     predicted: Mapping[str, float]
+    largest: Mapping[str, float] = field(default_factory=dict)
 
 
 def allocate(
@@ -95,7 +97,8 @@ def allocate(
     removed = {name: search.ranked[name][:count] for name, count in counts.items() if count}
     kept = {g.name: g.num_channels - counts[g.name] for g in cost_model.groups}
     gone = {name: 1 - count / search.width(name) for name, count in kept.items()}
-    return Allocation(plan_from_channels(cost_model.groups, removed), achieved, kept, gone, values)
+    plan = plan_from_channels(cost_model.groups, removed)
+    return Allocation(plan, achieved, kept, gone, values, search.largest_shares())
 
 
 def check_feasible(cost_model: CostModel, targets: Sequence[Target], limits: Limits | None = None) -> dict[str, float]:
@@ -150,6 +153,10 @@ class _Search:
     def width(self, name: str) -> int:
         """Returns the dense model's number of channels of a group."""
         return self.reference.widths.get(name, self.model.groups[name].num_channels)
+
+    def largest_shares(self) -> dict[str, float]:
+        """Returns group → the largest share of the dense model's channels that may be gone."""
+        return {g.name: 1 - (g.num_channels - self._most[g.name]) / self.width(g.name) for g in self.groups}
 
     def dense(self, target: Target) -> float:
         """Returns the dense model's value of a target's metric."""

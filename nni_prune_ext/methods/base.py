@@ -107,6 +107,9 @@ class MethodContext(Protocol):
         ``fraction`` (0–1) of the sparsity that was asked for.
         """
 
+    def agreed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the means over all processes: what a method decides from these is decided everywhere alike."""
+
     def apply(self, plan: PruningPlan) -> Removal:
         """Removes channels now, certified: the model, its optimizers and everything that follows are cut alike."""
 

@@ -59,7 +59,7 @@ from nni_prune_ext.mask_updates import (
     swapped,
     swapped_groups,
 )
-from nni_prune_ext.masked_weights import gate_consumers, gate_norms, read_through, straight_through
+from nni_prune_ext.masked_weights import Readings, gate_consumers, gate_norms, read_through, straight_through
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.gate_exploration import GateExploration
 from nni_prune_ext.methods.lottery_jackpots_options import JackpotOptions
@@ -92,7 +92,7 @@ class LotteryJackpots(PruningMethod):
         self._exploration = GateExploration(options.exploration, scaled=options.normalise_gradients)
         self._row: Tensor | None = None
         self._credits: dict[str, Credit] = {}
-        self._unread: set[str] = set()
+        self._readings = Readings([], set())
         self._norms = NormMeasurement()
         self._epoch = 0
         self._swaps = Swaps(0, 0)
@@ -132,7 +132,7 @@ class LotteryJackpots(PruningMethod):
             self._attach_channels(context)
             gate = gate_consumers if self.options.gate == "consumers" else gate_norms
             readings = gate(context.model, context.groups, self._gates)
-        self._unread = readings.unread
+        self._readings = readings
         for handle in readings.handles:
             context.on_leave(handle.remove)
 
@@ -314,13 +314,7 @@ class LotteryJackpots(PruningMethod):
 
     def _check_scores(self) -> None:
         """Refuses masks that were never read in an epoch, and scores that are no numbers."""
-        if self._unread:
-            name = min(self._unread)
-            raise ConfigError(
-                f"'{name}' was never read through its mask ({len(self._unread)} such parameters), expected its layer "
-                "to use it in its own forward. Exclude layers that the loss does not use, and those whose weight "
-                "another module uses directly."
-            )
+        self._readings.check()
         for name, score in self.scores.items():
             if not bool(score.isfinite().all()):
                 raise TrainingError(

@@ -12,27 +12,31 @@ One training of ``epochs`` epochs. At the end of every ``interval`` epochs, a pr
    (``scoring.weight_sparsity``), within bounds, scaled until the target in MACs, parameters or channels is met
    exactly;
 2. in every group the channels with the lowest scores of the criterion are candidates, except those that were shielded
-   in the last steps, and those much used in training (running mean of the magnitude of the gate gradient, below);
-3. the candidates are closed on trial, and a few batches run forward and backward. A candidate that was open so far is
-   protected and shielded, if its gate gradient, as its readers see it (dL/dm = Σ ⟨W[:, c], dL/dW[:, c]⟩), is far above
-   those of the others and says that opening it lowers the loss, by more than the next channel in line is used. That
-   one takes its place, so that the target stays met;
-4. the rest is closed until the next step. ``gate``: readers are deaf to the channel, and its weights rest, so that
-   nothing is lost. ``straight_through``: the weights that read it go on learning as if it were open (as in DPF, Lin et
-   al., 2020, https://arxiv.org/abs/2006.07253). In both the masked network is the compact one at every moment.
-   ``zeroise``: the filters are set to zero and train on, as in SFP (He et al., 2018,
-   https://arxiv.org/abs/1808.06866).
+   in the last steps, and those much used in training: the running mean of the magnitude of Σ ⟨W[:, c], dL/dW[:, c]⟩
+   over the weights that read a channel (a padded shortcut has none, so its part is left out);
+3. the candidates are closed on trial, and a few batches run forward and backward. A candidate is protected and
+   shielded, if the gradient of its gate, in front of everything that reads it, is far above those of the others and
+   says that opening it lowers the loss, by more than the loss depends on the next channel in line. That one takes its
+   place, so that the target stays met. Channels that were closed before stay: behind gates only newly closed ones are
+   candidates of the protection;
+4. the rest is closed until the next step. ``gate``: readers are deaf to the channel, and its weights get no gradient
+   (momentum runs out, weight decay goes on). ``straight_through``: the weights that read it go on learning as if it
+   were open (as in DPF, Lin et al., 2020, https://arxiv.org/abs/2006.07253). In both the masked network is the compact
+   one at every moment, but for norms that mix channels (LayerNorm, GroupNorm), which see all of them until the removal.
+   ``zeroise``: the filters are set to zero and train on, as in SFP (He et al., 2018, https://arxiv.org/abs/1808.06866).
 
 After ``soft_share`` of the epochs the channels closed last are removed, certified; the optimizer keeps the moments of
 what is left, and the compact network trains on.
 
 Departures from our own notes on the method, where they say otherwise: the bound of a step is relative to the pace of
-the schedule, and the target is met even where the bounds would not allow it; the default criterion looks at all
-weights that hold a channel, because with gates the writers of closed channels get no gradient; weights of closed
-channels rest by default, a channel closed behind a gate is not brought back by its gradient, and one is protected only
-where it is worth more than what takes its place: each of the three was worse otherwise (see the page of the method).
-That place is always taken; where protection leaves too few candidates, that of used channels ends first, then that of
-shielded ones, then all. Statistics of norms are not measured anew right after the removal, training goes on there.
+the schedule and by the limits, and the target is met even where the bounds would not allow it; the default criterion
+looks at all weights that hold a channel, because with gates the writers of closed channels get no gradient; readers of
+closed channels do not learn by default, a channel closed behind a gate is not brought back by its gradient, and one is
+protected only where it is worth more than what takes its place; by default two standard deviations (not one), a tenth
+of the candidates (not a quarter) and no second probe of those that took the places: the page of the method says what
+led to these. The place is always taken; where protection leaves too few candidates, that of used channels ends first,
+then that of shielded ones, then all. Statistics of norms are not measured anew right after the removal, training goes
+on there.
 """
 
 from __future__ import annotations
@@ -42,21 +46,18 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from nni_prune_ext.allocation import Allocation
 from nni_prune_ext.data.batches import EPOCH_STRIDE
 from nni_prune_ext.errors import ConfigError, PluginError, TargetError
-from nni_prune_ext.graph.channel_groups import ChannelGroup
-from nni_prune_ext.graph.label_book import Role
-from nni_prune_ext.masked_weights import gate_consumers
+from nni_prune_ext.masked_weights import Readings, gate_consumers
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.psap_options import PsapOptions
 from nni_prune_ext.methods.psap_protection import (
+    check_reach,
     gate_probe,
     important,
     literal_probe,
-    probed,
     zero_writers,
 )
 from nni_prune_ext.methods.psap_ratios import adaptive_ratios, relative_ratios
@@ -89,7 +90,7 @@ class Psap(PruningMethod):
         self.use: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
         self._pace = 0.0
-        self._removed = False
+        self._readings = Readings([], set())
         self._row: Tensor | None = None
         self._line: dict[str, Tensor] = {}
         self._facts = {"protected": 0.0, "revived": 0.0}
@@ -106,10 +107,13 @@ class Psap(PruningMethod):
                 "least. Exclude fewer layers."
             )
         build_schedule(self.options.schedule)
+        if self.options.ratio_policy is not None:
+            build_ratio_policy(self.options.ratio_policy)
         _criterion(self.options.criterion)
         flat = {group.name: torch.zeros(group.num_channels) for group in context.groups}
-        context.allocate(flat, ratios=dict.fromkeys(flat, 1.0))
-        _check_reach(context)
+        largest = context.allocate(flat, ratios=dict.fromkeys(flat, 1.0)).largest
+        if self.options.protect != "none":
+            check_reach(context, {name for name, share in largest.items() if share > 0})
         for group in context.groups:
             self.closed[group.name] = torch.zeros(group.num_channels, dtype=torch.bool)
             self.shields[group.name] = torch.zeros(group.num_channels, dtype=torch.int64)
@@ -119,8 +123,7 @@ class Psap(PruningMethod):
     def attach(self, context: MethodContext, phase: Phase) -> None:
         """Lets readers be deaf to closed channels."""
         if self.closed and self.options.mode != "zeroise":
-            for handle in self._readings(context, learn_closed=self.options.mode == "straight_through"):
-                context.on_leave(handle.remove)
+            self._read(context)
 
     def after_backward(self, context: MethodContext) -> None:
         """Notes how much the loss depends on every channel."""
@@ -133,17 +136,18 @@ class Psap(PruningMethod):
 
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Prunes, and removes what is closed when it is time."""
+        self._readings.check()
         done, last = epoch + 1, self.options.soft_epochs
         if done > last or (done % self.options.interval and done < last):
             return
         self._prune(context, -(-done // self.options.interval))
         if done == last:
-            self._removed = True
             context.apply(plan_from_channels(context.groups, {n: gone.numpy() for n, gone in self.closed.items()}))
 
     def on_removed(self, context: MethodContext, removal: Removal) -> None:
         """Forgets what was about channels: those that are left stay."""
         self.closed, self.shields, self.use = {}, {}, {}
+        self._readings = Readings([], set())
 
     def finish(self, context: MethodContext) -> Outcome:
         """Hands over the facts; the channels are gone already."""
@@ -172,9 +176,9 @@ class Psap(PruningMethod):
         before = {name: gone.clone() for name, gone in self.closed.items()}
         sparsity = self._sparsity(context)
         scores = {name: score.cpu() for name, score in _criterion(self.options.criterion)(context).items()}
-        ratios = self._ratios(context, scores, fraction, step / self.options.steps)
+        ratios = self._ratios(context, scores, sparsity, fraction, step / self.options.steps)
         protected = {name: torch.zeros_like(gone) for name, gone in before.items()}
-        held = [{name: shield > 0 for name, shield in self.shields.items()}, self._used()]
+        held = [{name: shield > 0 for name, shield in self.shields.items()}, self._used(context)]
         allocation = self._chosen(context, scores, ratios, fraction, held)
         for _ in range(0 if self.options.protect == "none" else 1 + self.options.refills):
             found = self._protected(context, step, before, protected)
@@ -206,14 +210,20 @@ class Psap(PruningMethod):
         return weight_sparsity(_rows(context), threshold=own.sparsity_threshold, level=own.sparsity_level)
 
     def _ratios(
-        self, context: MethodContext, scores: Mapping[str, Tensor], fraction: float, progress: float
+        self,
+        context: MethodContext,
+        scores: Mapping[str, Tensor],
+        sparsity: Mapping[str, float],
+        fraction: float,
+        progress: float,
     ) -> dict[str, float]:
         """Returns the ratios of a step, before they are scaled to meet the target exactly."""
         if self.options.ratio_policy is None:
-            relative = relative_ratios(self._sparsity(context))
+            relative = relative_ratios(sparsity)
         else:
             relative = dict(build_ratio_policy(self.options.ratio_policy)(_rows(context), self.ratios, progress))
-        share = context.allocate(scores, fraction=fraction, ratios=relative).predicted["ratio"]
+        allocation = context.allocate(scores, fraction=fraction, ratios=relative)
+        share = allocation.predicted["ratio"]
         pace, self._pace = max(share - self._pace, 0.0), share
         ratios = adaptive_ratios(
             relative,
@@ -221,7 +231,7 @@ class Psap(PruningMethod):
             {group.name: group.num_channels for group in context.groups},
             share,
             step_bound=self.options.step_bound,
-            largest=1.0,
+            largest=allocation.largest,
             pace=pace,
         )
         return ratios if any(ratios.values()) else relative
@@ -257,13 +267,13 @@ class Psap(PruningMethod):
         self._row = None
         return allocation
 
-    def _used(self) -> dict[str, Tensor]:
+    def _used(self, context: MethodContext) -> dict[str, Tensor]:
         """Returns the channels that training uses much more than others of their group."""
         if self.options.protect == "none":
             return {name: torch.zeros_like(gone) for name, gone in self.closed.items()}
         return {
             name: use > use[heard].mean() + self.options.use_deviations * use[heard].std(correction=0)
-            for name, use in self.use.items()
+            for name, use in context.agreed(self.use).items()
             for heard in [~self.closed[name].to(use.device)]
         }
 
@@ -272,17 +282,24 @@ class Psap(PruningMethod):
     ) -> dict[str, Tensor]:
         """Probes the channels that are closed now; returns those to protect."""
         own = self.options
-        handles = self._readings(context, learn_closed=True) if own.protect != "literal" else []
+        before_probe = self._readings
         try:
             if own.protect == "literal":
                 self._row = self._all_open(context)
                 found = literal_probe(context, own.probe_batches, self.closed)
             else:
-                found = gate_probe(context, own.probe_batches)
+                if own.mode != "gate":  # its readings pass no gradient to the gates, or there are none
+                    self._silent(before_probe)
+                    self._readings = gate_consumers(context.model, context.groups, lambda: self._gates(context))
+                self._row = self._gates(context).clone().requires_grad_()
+                found = gate_probe(context, own.probe_batches, self._row)
         finally:
             self._row = None
-            for handle in handles:
-                handle.remove()
+            if self._readings is not before_probe:
+                self._silent(self._readings)
+                self._readings = Readings([], set())
+                if own.mode == "straight_through":
+                    self._read(context)
         generator = torch.Generator().manual_seed(context.seed * EPOCH_STRIDE + step)
         chosen = {}
         for name, gone in self.closed.items():
@@ -301,10 +318,17 @@ class Psap(PruningMethod):
         order = scores.argsort(stable=True)
         return order[scores[order] < torch.inf]
 
-    def _readings(self, context: MethodContext, *, learn_closed: bool) -> list[RemovableHandle]:
-        return gate_consumers(
-            context.model, context.groups, lambda: self._gates(context), learn_closed=learn_closed
-        ).handles
+    def _read(self, context: MethodContext) -> None:
+        """Lets readers be deaf to closed channels until the phase ends, or a cut."""
+        learn = self.options.mode == "straight_through"
+        self._readings = gate_consumers(context.model, context.groups, lambda: self._gates(context), learn_closed=learn)
+        for handle in self._readings.handles:
+            context.on_leave(handle.remove)
+
+    @staticmethod
+    def _silent(readings: Readings) -> None:
+        for handle in readings.handles:
+            handle.remove()
 
     def _gates(self, context: MethodContext) -> Tensor:
         """Returns one gate per channel of all groups and a 1 behind them."""
@@ -340,28 +364,6 @@ def _criterion(name: str) -> Callable[[MethodContext], Mapping[str, Tensor]]:
             "that is a criterion, for example l2 or taylor. Choose one of these."
         )
     return lambda context: scores(context, options)
-
-
-def _check_reach(context: MethodContext) -> None:
-    """Refuses a loss whose gradient reaches no weight that reads a group: nothing could protect its channels.
-
-    Raises:
-        ConfigError: with the name of the group.
-    """
-    found = probed(context, 1, _reader_gradients)
-    dead = [name for name, (size, _) in found.items() if not bool((size > 0).any())]
-    if dead:
-        raise ConfigError(
-            f"The loss has no gradient at what reads the channels of '{dead[0]}' ({len(dead)} of {len(found)} groups), "
-            "expected one in every group. Unfreeze the weights that read them, let the loss depend on them, or exclude "
-            "these layers."
-        )
-
-
-def _reader_gradients(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-    readers = [tensors[member.tensor] for member in group.by_role(Role.CONSUMER) if member.tensor in tensors]
-    reached = any(weight.grad is not None for weight in readers)
-    return gate_gradients(group, tensors) if reached else torch.zeros(group.num_channels)
 
 
 def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:

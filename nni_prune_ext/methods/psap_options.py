@@ -73,8 +73,8 @@ class PsapOptions(BaseModel):
     )
     mode: Mode = Field(
         default="gate",
-        description="what pruning does before the removal: gate makes readers deaf to a channel and lets its weights "
-        "rest, straight_through lets readers learn as if they heard it, zeroise sets what writes it to zero",
+        description="what pruning does before the removal: gate makes readers deaf to a channel, whose weights get "
+        "no gradient, straight_through lets readers learn as if they heard it, zeroise sets what writes it to zero",
         json_schema_extra={"source": f"{_ASSUMED}; straight_through as in DPF, zeroise as in SFP"},
     )
     protect: Protection = Field(

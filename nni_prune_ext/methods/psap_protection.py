@@ -6,21 +6,19 @@ A probe changes nothing: weights, statistics of norms, optimizers and random sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.graph.channel_groups import ChannelGroup
 from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.masked_weights import channel_offsets
 from nni_prune_ext.methods.base import MethodContext
-from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.weight_norms import slice_rows
-
-Statistic = Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]
-"""A group and the parameters, with gradients → ``(num_channels,)``."""
 
 
 @contextmanager
@@ -82,12 +80,17 @@ def writer_gradients(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tens
     return total.sqrt()
 
 
-def probed(context: MethodContext, batches: int, statistic: Statistic) -> dict[str, tuple[Tensor, Tensor]]:
+def probed(
+    context: MethodContext, batches: int, statistics: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns group → means over batches of a statistic's magnitude and of the statistic, both ``(num_channels,)``.
 
-    The model runs as it is, hooks and modes included.
+    The model runs as it is, hooks and modes included. All processes get the same.
+
+    Args:
+        statistics: reads the statistics off the gradients of one batch.
     """
-    tensors = dict(context.model.named_parameters())
+    names = [group.name for group in context.groups]
     sizes = {group.name: torch.zeros(group.num_channels) for group in context.groups}
     signed = {name: size.clone() for name, size in sizes.items()}
     found = context.batches(batches)
@@ -95,16 +98,28 @@ def probed(context: MethodContext, batches: int, statistic: Statistic) -> dict[s
         for batch in found:
             context.model.zero_grad(set_to_none=True)
             context.task_loss(batch).backward()  # type: ignore[no-untyped-call]
-            for group in context.groups:
-                value = statistic(group, tensors).cpu() / len(found)
-                sizes[group.name] += value.abs()
-                signed[group.name] += value
-    return {name: (sizes[name], signed[name]) for name in sizes}
+            for name, own in statistics().items():
+                value = own.float().cpu() / len(found)
+                sizes[name] += value.abs()
+                signed[name] += value
+    sizes, signed = dict(context.agreed(sizes)), dict(context.agreed(signed))
+    return {name: (sizes[name], signed[name]) for name in names}
 
 
-def gate_probe(context: MethodContext, batches: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Probes what opening a gate would do; closed channels need readings that let them learn (``gate_consumers``)."""
-    return probed(context, batches, gate_gradients)
+def gate_probe(context: MethodContext, batches: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Probes what opening or closing each gate would do to the loss: the gradient of the gates themselves.
+
+    Args:
+        row: the gates that the readers multiply by now, ``(groups.num_channels + 1,)``, a leaf that takes a gradient.
+    """
+    offsets = channel_offsets(context.groups)
+
+    def of_gates() -> dict[str, Tensor]:
+        gradient = torch.zeros_like(row) if row.grad is None else row.grad
+        row.grad = None
+        return {g.name: gradient[offsets[g.name] : offsets[g.name] + g.num_channels] for g in context.groups}
+
+    return probed(context, batches, of_gates)
 
 
 def literal_probe(
@@ -114,9 +129,37 @@ def literal_probe(
 
     All of it counts as harm done by pruning.
     """
+    tensors = dict(context.model.named_parameters())
     with silenced_writers(context, closed):
-        found = probed(context, batches, writer_gradients)
+        found = probed(context, batches, lambda: {g.name: writer_gradients(g, tensors) for g in context.groups})
     return {name: (size, -size) for name, (size, _) in found.items()}
+
+
+def check_reach(context: MethodContext, prunable: Collection[str]) -> None:
+    """Refuses a loss that no weight that reads a group takes part in: nothing could protect its channels.
+
+    Args:
+        prunable: the groups that matter. Those whose readers are all frozen are not looked at.
+
+    Raises:
+        ConfigError: with the name of the group.
+    """
+    tensors = dict(context.model.named_parameters())
+    dead = []
+    with trial(context.model), torch.enable_grad():
+        context.model.zero_grad(set_to_none=True)
+        context.task_loss(context.batches(1)[0]).backward()  # type: ignore[no-untyped-call]
+        for group in context.groups:
+            readers = [tensors[m.tensor] for m in group.by_role(Role.CONSUMER) if m.tensor in tensors]
+            learning = [weight for weight in readers if weight.requires_grad]
+            if group.name in prunable and learning and all(weight.grad is None for weight in learning):
+                dead.append(group.name)
+    if dead:
+        raise ConfigError(
+            f"The loss does not depend on what reads the channels of '{dead[0]}' ({len(dead)} of "
+            f"{len(context.groups)} groups), expected all groups to matter to it. Let the loss depend on them, or "
+            "exclude these layers."
+        )
 
 
 def important(

@@ -23,7 +23,7 @@ def adaptive_ratios(
     share: float,
     *,
     step_bound: float,
-    largest: float,
+    largest: Mapping[str, float],
     pace: float = 0.0,
 ) -> dict[str, float]:
     """Returns group → ratio: ``min(max(k · relative, previous − bound), previous + pace + bound, largest)``.
@@ -36,19 +36,18 @@ def adaptive_ratios(
         sizes: group → what its ratio is of, for example channels.
         share: 0–1, of the sum of all sizes.
         step_bound: how far a group's ratio may leave the pace in one step.
-        largest: largest ratio of any group.
+        largest: group → largest ratio, 0–1.
         pace: how much of everything goes in this step.
     """
-    floors = {name: min(max(previous[name] - step_bound, 0.0), largest) for name in relative}
-    caps = {name: min(previous[name] + pace + step_bound, largest) for name in relative}
+    floors = {name: min(max(previous[name] - step_bound, 0.0), largest[name]) for name in relative}
+    caps = {name: min(previous[name] + pace + step_bound, largest[name]) for name in relative}
     total = max(sum(sizes[name] for name in relative), 1)
     least, most = (sum(sizes[name] * bound[name] for name in relative) / total for bound in (floors, caps))
     if share >= most:
         return caps
     if share <= least:
         return floors
-    spread = {name: value if value > 0 else 1e-12 for name, value in relative.items()}  # so that every cap is in reach
-    return scaled_ratios(spread, sizes, caps, share, floors=floors)
+    return scaled_ratios(relative, sizes, caps, share, floors=floors)
 
 
 def psap_ratio(

@@ -171,6 +171,10 @@ class MethodRun:
         sparsity = fraction * (sparsity_of(self.targets) or 0.0)
         return masked_counts(averaged(magnitudes), sparsity, scope=self.scope, limits=self.limits)
 
+    def agreed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the means over all processes."""
+        return averaged(tensors)
+
     def apply(self, plan: PruningPlan) -> Removal:
         """Cuts now, certified: what the method put on the model is taken off, optimizers follow, the method is told."""
         self.cost_model()

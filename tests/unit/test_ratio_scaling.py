@@ -47,3 +47,19 @@ def test_any_reachable_share_is_met(groups: list[tuple[float, int, float]], part
 
     assert sum(found[k] * sizes[k] for k in found) / total == pytest.approx(share, abs=1e-9)
     assert all(0 <= found[k] <= caps[k] for k in found)
+
+
+def test_what_has_no_share_of_its_own_goes_where_all_others_are_at_their_caps() -> None:
+    found = scaled_ratios({"a": 0.0, "b": 1.0}, {"a": 10, "b": 10}, {"a": 0.7, "b": 0.6}, 0.5)
+
+    assert {"a": pytest.approx(0.4), "b": 0.6} == found
+
+
+def test_floors_count() -> None:
+    found = scaled_ratios({"a": 0.0, "b": 1.0}, {"a": 10, "b": 10}, {"a": 0.9, "b": 0.4}, 0.6, floors={"a": 0.8})
+
+    assert {"a": 0.8, "b": pytest.approx(0.4)} == found
+
+
+def test_the_scale_of_relative_ratios_plays_no_part() -> None:
+    assert 0.5 == pytest.approx(scaled_ratios({"a": 1e-30}, {"a": 10}, {"a": 1.0}, 0.5)["a"], abs=1e-9)

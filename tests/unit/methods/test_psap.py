@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from psap_bench import Spy, driven, nothing
+from psap_bench import Spy, driven
 from torch import Tensor, nn
 
 from nni_prune_ext.allocation import Target
 from nni_prune_ext.errors import ConfigError, NniPruneExtError, PluginError, UnknownPluginError
-from nni_prune_ext.methods.base import MethodContext, Phase
 from nni_prune_ext.methods.psap import PSAP, Psap
 from nni_prune_ext.methods.psap_options import PsapOptions
 from nni_prune_ext.methods.psap_protection import trial
@@ -113,78 +112,6 @@ class TestSteps:
         assert plans[0] == plans[1]
 
 
-class TestProtection:
-    @pytest.mark.parametrize("mode", ["gate", "straight_through", "zeroise"])
-    def test_a_protected_channel_is_no_candidate_for_as_many_steps_as_its_shield_lasts(self, mode: str) -> None:
-        protected: list[dict[str, Tensor]] = []
-
-        def look(spy: Spy, context: MethodContext) -> None:
-            if spy.closed:
-                protected.append({name: shield.clone() for name, shield in spy.shields.items()})
-                assert not any(bool((spy.closed[name] & (shield > 0)).any()) for name, shield in spy.shields.items())
-
-        driven(
-            {"epochs": 10, "shield_steps": 2, "probe_deviations": 0.0, "schedule": "linear", "mode": mode}, seen=look,
-            targets=(Target("ratio", 0.4),),
-        )  # fmt: skip
-
-        assert {0, 1, 2} == {int(v) for own in protected for shield in own.values() for v in shield}
-
-    def test_in_both_modes_the_probe_asks_the_network_without_its_candidates(self) -> None:
-        frozen = TrainingSettings(learning_rate=1e-9, weight_decay=0.0, momentum=0.0)
-        options = {"epochs": 1, "soft_share": 1.0, "probe_deviations": 0.0, "use_deviations": 99.0, "probe_batches": 3}
-
-        plans = [driven({**options, "mode": mode}, settings=frozen)[1].applied for mode in ("gate", "zeroise")]
-
-        assert plans[0] == plans[1]
-
-    def test_as_many_are_protected_at_random_as_by_gradients(self) -> None:
-        notes = [
-            driven({"epochs": 1, "protect": protect, "probe_deviations": 0.0})[1].notes
-            for protect in ("gate", "random")
-        ]
-
-        assert notes[0][0]["protected"] == notes[1][0]["protected"] > 0
-
-    def test_where_too_much_is_protected_the_target_is_met_all_the_same(self) -> None:
-        options = {"protected_share": 1.0, "probe_deviations": 0.0, "use_deviations": 0.0, "refills": 2}
-
-        _, run = driven(options, targets=(Target("ratio", 0.55),))
-
-        assert run.notes[-1]["share_of_channels"] >= 0.55
-
-    def test_any_criterion_may_rank_and_any_policy_divide(self) -> None:
-        plans = {
-            (criterion, policy): driven({"criterion": criterion, "ratio_policy": policy})[1].applied
-            for criterion in ("l1", "taylor", "random")
-            for policy in (None, "uniform_ratio")
-        }
-
-        assert len({str(plan) for plan in plans.values()}) == 6
-
-    def test_after_the_removal_the_optimizer_keeps_the_moments_of_what_is_left(self) -> None:
-        before: list[Tensor] = []
-
-        class Moments(Spy):
-            def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
-                weight = context.model.get_submodule("inside.0").weight
-                before.append(run.optimizers[0].state[weight]["momentum_buffer"].clone())
-                super().after_epoch(context, phase, epoch)
-                if not self.closed and len(after) == 0:
-                    cut = context.model.get_submodule("inside.0").weight
-                    after.append(run.optimizers[0].state[cut]["momentum_buffer"].clone())
-
-        after: list[Tensor] = []
-        run = Bench.of(PSAP, {}).run()
-        drive(Moments(PsapOptions(epochs=2, soft_share=0.5, probe_batches=1), nothing, nothing), run)
-
-        kept = run.kept["inside.0.weight"]
-        expected = before[0]
-        for dim, index in kept.items():
-            expected = expected.index_select(dim, index)
-        assert torch.equal(expected, after[0])
-
-
 class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -192,6 +119,8 @@ class TestBadInput:
             ({"criterion": "lottery_jackpots"}, ConfigError, "'lottery_jackpots' gives no scores"),
             ({"criterion": "l3"}, UnknownPluginError, "no pruner called 'l3'"),
             ({"schedule": "uniform_ratio"}, PluginError, "is a ratio policy, expected a schedule"),
+            ({"ratio_policy": "agp"}, PluginError, "is a schedule, expected a ratio policy"),
+            ({"ratio_policy": "nope"}, UnknownPluginError, "no scheduler called 'nope'"),
             ({"epochs": 0}, ConfigError, "'epochs' of method 'psap' is 0"),
             ({"mode": "hard"}, ConfigError, "'mode' of method 'psap'"),
         ],
@@ -210,12 +139,14 @@ class TestBadInput:
                   train_batches=bench.batches, loss=counted)  # fmt: skip
         assert [] == steps
 
-    def test_a_loss_that_reaches_no_reader_of_a_group_is_named_before_training(self) -> None:
-        run = Bench.of(PSAP, {}).run()
-        run.model.get_submodule("back").requires_grad_(False)
+    def test_a_loss_that_depends_on_no_reader_of_a_group_is_named_before_training(self) -> None:
+        def of_a_part(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return model.get_submodule("inside")(model.get_submodule("stem")(batch[0])).square().mean()
+
+        run = Bench.of(PSAP, {}).run(of_a_part)
         weights = copy.deepcopy(run.model.state_dict())
 
-        with pytest.raises(ConfigError, match="no gradient at what reads the channels of 'inside.0' .1 of "):
+        with pytest.raises(ConfigError, match="does not depend on what reads the channels of 'inside.0'"):
             drive(Psap(PsapOptions(epochs=2)), run)
         assert all(torch.equal(weights[name], now) for name, now in run.model.state_dict().items())
 

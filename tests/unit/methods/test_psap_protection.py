@@ -10,13 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import nni_prune_ext as npe
 from nni_prune_ext.allocation import Limits, Target
 from nni_prune_ext.graph.channel_groups import trace_channel_groups
+from nni_prune_ext.masked_weights import gate_consumers
+from nni_prune_ext.methods.base import MethodContext
 from nni_prune_ext.methods.psap import PSAP, Psap
 from nni_prune_ext.methods.psap_options import PsapOptions
-from nni_prune_ext.methods.psap_protection import important, literal_probe, probed, writer_gradients, zero_writers
+from nni_prune_ext.methods.psap_protection import (
+    gate_probe,
+    important,
+    literal_probe,
+    probed,
+    trial,
+    zero_writers,
+)
 from nni_prune_ext.testing.method_bench import Bench
-from nni_prune_ext.training import MethodRun, TrainingSettings, drive, fit
+from nni_prune_ext.training import MethodRun, TrainingSettings, cross_entropy, drive, fit
 
 PLANTED = 3
 
@@ -197,13 +207,73 @@ class TestProbe:
         if literal:
             literal_probe(run, 3, {group.name: torch.ones(group.num_channels).bool() for group in run.groups})
         else:
-            probed(run, 3, writer_gradients)
+            probed(run, 3, lambda: {})
 
         now = run.model.state_dict()
         assert all(torch.equal(before[name], now[name]) for name in before)
         assert modes == [module.training for module in run.model.modules()]
         assert torch.equal(random_state, torch.get_rng_state())
         assert all(parameter.grad is None for parameter in run.model.parameters())
+
+    def test_of_gates_is_the_derivative_of_the_loss_also_where_a_padded_shortcut_reads(self) -> None:
+        torch.manual_seed(0)
+        model = npe.build_model("resnet20", num_classes=4, in_channels=3).double()
+        images, labels = torch.randn(8, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3] * 2)
+        groups = trace_channel_groups(model, images[:1])
+        run = MethodRun(model=model, batches_=[(images, labels)], groups=groups)
+        row = torch.ones(groups.num_channels + 1, dtype=torch.float64)
+        stem, place = groups.groups[0], 3  # conv1: read by convolutions, and by the first padded shortcut
+        row[place] = 0
+
+        def loss(gate: float) -> float:
+            gates = row.clone()
+            gates[place] = gate
+            handles = gate_consumers(model, groups, lambda: gates).handles
+            with trial(model), torch.no_grad():
+                result = float(run.task_loss((images, labels)))
+            for handle in handles:
+                handle.remove()
+            return result
+
+        row.requires_grad_()
+        handles = gate_consumers(model, groups, lambda: row).handles
+        size, signed = gate_probe(run, 1, row)[stem.name]
+        for handle in handles:
+            handle.remove()
+
+        assert "conv1" == stem.name
+        expected = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        assert expected == pytest.approx(float(signed[place]), rel=1e-4)
+        assert abs(expected) == pytest.approx(float(size[place]), rel=1e-4)
+
+    def test_is_averaged_over_so_many_batches(self) -> None:
+        run = Bench.of(PSAP, {}).run()
+        seen: list[int] = []
+        run.loss = lambda model, batch: seen.append(1) or cross_entropy(model, batch)  # type: ignore[func-returns-value]
+        values = iter([3.0, -1.0, 4.0])
+        name = run.groups.groups[0].name
+
+        found = probed(run, 3, lambda: {name: torch.full((run.groups.groups[0].num_channels,), next(values))})
+
+        assert 3 == len(seen)
+        assert 8 / 3 == pytest.approx(float(found[name][0][0]))
+        assert 2.0 == pytest.approx(float(found[name][1][0]))
+
+    def test_of_zeroed_filters_lets_their_readers_hear(self) -> None:
+        seen: list[float] = []
+
+        class Heard(Psap):
+            def _gates(self, context: MethodContext) -> Tensor:
+                row = super()._gates(context)
+                if context.model.get_submodule("inside.0").weight[self.closed["inside.0"]].abs().sum() == 0:
+                    seen.append(float(row.min()))
+                return row
+
+        run = Bench.of(PSAP, {}).run()
+        drive(Heard(PsapOptions(epochs=1, schedule="one_shot", protect="literal", probe_batches=1)), run)
+
+        assert seen
+        assert {1.0} == set(seen), "all gates are open while filters are zero"
 
     def test_zeroes_what_writes_closed_channels_and_nothing_else(self) -> None:
         run = Bench.of(PSAP, {}).run()

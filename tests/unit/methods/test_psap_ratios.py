@@ -15,6 +15,7 @@ from nni_prune_ext.methods.psap_ratios import adaptive_ratios, psap_ratio, relat
 from nni_prune_ext.scoring.weight_sparsity import weight_sparsity
 
 SIZES = {"a": 16, "b": 32, "c": 64}
+OPEN = dict.fromkeys(SIZES, 1.0)
 
 
 def gaussian(rows: int = 64, columns: int = 5000) -> Tensor:
@@ -81,7 +82,8 @@ def test_ratios_follow_sparsity_within_bounds(
 ) -> None:
     relative = relative_ratios(dict(zip(SIZES, sparse)))
 
-    found = adaptive_ratios(relative, dict.fromkeys(SIZES, previous), SIZES, share, step_bound=bound, largest=largest)
+    before, caps = dict.fromkeys(SIZES, previous), dict.fromkeys(SIZES, largest)
+    found = adaptive_ratios(relative, before, SIZES, share, step_bound=bound, largest=caps)
 
     assert list(expected) == pytest.approx(list(found.values()), abs=1e-4)
 
@@ -89,7 +91,7 @@ def test_ratios_follow_sparsity_within_bounds(
 def test_a_group_may_move_as_far_from_the_pace_of_the_schedule_as_the_bound_says() -> None:
     before = {"a": 0.2, "b": 0.2, "c": 0.2}
 
-    found = adaptive_ratios({"a": 0.0, "b": 1.0, "c": 1.0}, before, SIZES, 0.4, step_bound=0.1, largest=1.0, pace=0.2)
+    found = adaptive_ratios({"a": 0.0, "b": 1.0, "c": 1.0}, before, SIZES, 0.4, step_bound=0.1, largest=OPEN, pace=0.2)
 
     assert 0.1 == pytest.approx(found["a"])
     assert 0.45 == pytest.approx(found["b"]) == found["c"]  # (0.4 · 112 − 0.1 · 16) / 96, below 0.2 + 0.2 + 0.1
@@ -120,3 +122,14 @@ def test_the_registered_policy_prunes_sparser_groups_more_and_dead_weights_alike
 
     assert {"half": 0.5, "full": 0.0} == psap_ratio({"half": [half], "full": [torch.ones(1, 4)]}, {}, 0.5)
     assert {"a": 1.0, "b": 1.0} == psap_ratio({"a": [torch.ones(1, 4)], "b": [torch.ones(1, 4)]}, {}, 0.5)
+
+
+def test_groups_that_must_stay_do_not_hold_up_the_others() -> None:
+    caps, sizes = {"big": 0.0, "a": 1.0, "b": 1.0}, {"big": 100, "a": 50, "b": 50}
+    previous = {"big": 0.0, "a": 0.6, "b": 0.4}
+
+    found = adaptive_ratios(
+        {"big": 0.9, "a": 0.1, "b": 0.2}, previous, sizes, 0.25, step_bound=0.1, largest=caps, pace=0.0
+    )
+
+    assert {"big": 0.0, "a": pytest.approx(0.5), "b": pytest.approx(0.5)} == found, "b moves up as far as it may"
