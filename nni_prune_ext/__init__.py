@@ -54,6 +54,8 @@ _PUBLIC = {
     "fit": "training",
     "recalibrate_batchnorm": "training",
     "prune": "pipeline",
+    "feature_backbone": "transfer",
+    "FeatureBackbone": "transfer",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
     "Checkpoints": "checkpoints",
@@ -107,6 +109,7 @@ if TYPE_CHECKING:
         fit,
         recalibrate_batchnorm,
     )
+    from nni_prune_ext.transfer import FeatureBackbone, feature_backbone
     from nni_prune_ext.workbench import RunResult, execute
 
 
