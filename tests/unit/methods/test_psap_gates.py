@@ -10,6 +10,7 @@ from psap_bench import Spy, driven, nothing
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.masked_weights import gate_consumers
 from nni_prune_ext.methods.base import MethodContext, Phase
 from nni_prune_ext.methods.psap import PSAP
@@ -78,6 +79,20 @@ class TestGates:
             assert parameter.grad is not None
             assert torch.allclose(expected[name].grad, parameter.grad, atol=1e-12), name  # type: ignore[arg-type]
         assert float(model.inside[0].weight.grad[:, :4].abs().sum()) > 0  # type: ignore[index]
+
+    def test_a_weight_that_another_module_uses_past_its_gate_is_named(self) -> None:
+        class Past(BenchNet):
+            def forward(self, images: Tensor) -> Tensor:
+                x = self.stem(images)
+                x = x + self.back[2](self.back[1](functional.conv2d(self.inside(x), self.back[0].weight, padding=1)))
+                logits: Tensor = self.head(self.whole(self.depthwise(x)).mean((2, 3)))
+                return logits
+
+        run = Bench.of(PSAP, {}).run()
+        run.model = Past()
+
+        with pytest.raises(ConfigError, match="'back.0.weight' was never read through its mask"):
+            drive(Spy(PsapOptions(epochs=2, probe_batches=1), nothing, nothing), run)
 
     def test_nothing_is_added_but_hooks_that_read_weights(self) -> None:
         before = {name for name, _ in BenchNet().named_parameters()}
