@@ -33,6 +33,7 @@ ASFPPruner = scheduled_pruner_for("asfp")
 OneShotPruner = scheduled_pruner_for("one_shot")
 UniformRatioPruner = scheduled_pruner_for("uniform_ratio")
 ReplacePruner = scheduled_pruner_for("replace")
+RewindingPruner = scheduled_pruner_for("rewinding")
 PSAPRatioPruner = scheduled_pruner_for("psap_ratio")
 ShortRestrictionPruner = scheduled_pruner_for("short_restriction")
 CosineShortRestrictionPruner = scheduled_pruner_for("short_restriction_cosine")
@@ -56,6 +57,7 @@ __all__ = [
     "RandomPruner",
     "ReconstructionPruner",
     "ReplacePruner",
+    "RewindingPruner",
     "SchedulerPruner",
     "ShortRestrictionPruner",
     "SlimPruner",

@@ -43,6 +43,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = MappingProxyType(
                 "one_shot": "nni_prune_ext.schedules:ONE_SHOT",
                 "psap_ratio": "nni_prune_ext.methods.psap_ratios:PSAP_RATIO",
                 "replace": "nni_prune_ext.schedules:REPLACE",
+                "rewinding": "nni_prune_ext.schedules:REWINDING",
                 "short_restriction": "nni_prune_ext.schedules:SHORT_RESTRICTION",
                 "short_restriction_cosine": "nni_prune_ext.schedules:SHORT_RESTRICTION_COSINE",
                 "uniform_ratio": "nni_prune_ext.schedules:UNIFORM_RATIO",

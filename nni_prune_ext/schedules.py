@@ -63,16 +63,28 @@ class MaskUpdateRule(Protocol):
 
 @dataclass(frozen=True)
 class SchedulerSpec:
-    """What is registered: the kind of a scheduler, one sentence about it, and how to make a fresh one."""
+    """What is registered: the kind of a scheduler, one sentence about it, and how to make a fresh one.
+
+    Attributes:
+        rewinds: a schedule after whose every step the first weights are loaded again, as far as they are left.
+    """
 
     kind: SchedulerKind
     summary: str
     build: Callable[[], Schedule | RatioPolicy | MaskUpdateRule]
+    rewinds: bool = False
 
 
 def build_schedule(name: str) -> Schedule:
     """Makes the registered schedule of this name; see :func:`_build` for what it raises."""
     return cast("Schedule", _build(name, "schedule"))
+
+
+def rewinds(name: str) -> bool:
+    """Says whether the registered schedule of this name rewinds; see :func:`_build` for what it raises."""
+    _build(name, "schedule")
+    spec = load_plugin("schedulers", name)
+    return isinstance(spec, SchedulerSpec) and spec.rewinds
 
 
 def build_ratio_policy(name: str) -> RatioPolicy:
@@ -103,6 +115,15 @@ def agp(progress: float) -> float:
 def cosine(progress: float) -> float:
     """Returns half a cosine wave: slow at both ends."""
     return 0.5 * (1.0 - math.cos(math.pi * progress))
+
+
+def rounds_of_a_fifth(progress: float) -> float:
+    """Returns the share of eight rounds that each take a fifth of what is left: ``1 − 0.8^(8 · progress)``, to 1.
+
+    The rounds of lottery tickets, as in Li et al., "Reconstruction Task Finds Universal Winning Tickets", 2022,
+    https://arxiv.org/abs/2202.11484, section 4.1.
+    """
+    return float((1.0 - 0.8 ** (8 * progress)) / (1.0 - 0.8**8))
 
 
 def asfp(progress: float) -> float:
@@ -177,6 +198,12 @@ LINEAR = SchedulerSpec("schedule", "equal shares per step", lambda: linear)
 AGP = SchedulerSpec("schedule", "cubic: fast first, slow at the end (Zhu & Gupta 2017)", lambda: agp)
 COSINE = SchedulerSpec("schedule", "slow at both ends", lambda: cosine)
 ASFP = SchedulerSpec("schedule", "exponential: three quarters in the first eighth (ASFP 2019)", lambda: asfp)
+REWINDING = SchedulerSpec(
+    "schedule",
+    "eight rounds of a fifth of what is left; the first weights are loaded again after each (Reconstruction 2022)",
+    lambda: rounds_of_a_fifth,
+    rewinds=True,
+)
 UNIFORM_RATIO = SchedulerSpec("ratio_policy", "the same pruning ratio in every group", lambda: uniform_ratio)
 REPLACE = SchedulerSpec("mask_update_rule", "every step takes the mask that the scores ask for", lambda: replace_mask)
 SHORT_RESTRICTION = SchedulerSpec(

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from nni.compression import TorchEvaluator
 from nni.compression.base.compressor import Pruner
+from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils.evaluator import Evaluator, ModuleHook
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -333,3 +334,21 @@ def adopt_parameters(evaluator: Evaluator, pruner: Pruner) -> None:
 
 def _equal(first: Tensor | None, second: Tensor) -> bool:
     return first is not None and first.shape == second.shape and torch.equal(first.detach(), second.detach())
+
+
+def first_weights(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Returns all parameters and statistics of a wrapped model, each with a copy; masks are none of them."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        buffers = [] if isinstance(module, ModuleWrapper) else module._buffers.values()
+        found |= {id(own): own for own in (*module._parameters.values(), *buffers) if own is not None}
+    return [(own, own.detach().clone()) for own in found.values()]
+
+
+def rewind(first: Sequence[tuple[Tensor, Tensor]], evaluator: Evaluator) -> None:
+    """Loads the copies again, and lets the evaluator's optimizers begin anew."""
+    with torch.no_grad():
+        for own, copied in first:
+            own.copy_(copied)
+    for optimizer in evaluator._optimizers or ():
+        optimizer.state.clear()

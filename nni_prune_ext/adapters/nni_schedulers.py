@@ -28,7 +28,7 @@ from nni_prune_ext.adapters.nni_context import (
     share_parameters,
     wrapped_again,
 )
-from nni_prune_ext.adapters.nni_evaluator import adopt_parameters, released, untrained
+from nni_prune_ext.adapters.nni_evaluator import adopt_parameters, first_weights, released, rewind, untrained
 from nni_prune_ext.adapters.nni_mask_rules import ruled_masks
 from nni_prune_ext.adapters.nni_named_pruners import class_name
 from nni_prune_ext.adapters.nni_pruners import MethodPruner
@@ -228,6 +228,21 @@ class _SchedulePruner(SchedulerPruner):
     def update_sparse_goals(self, current_times: int) -> None:
         schedule = cast("Schedule", self.scheduler.build())
         self._update_sparse_goals_by_ratio(float(schedule(current_times / self.total_times)))
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        super()._fuse_preprocess(evaluator)
+        if not self.scheduler.rewinds:
+            return
+        generate, first, rounds = self.bound_pruner._generate_sparsity, first_weights(self.bound_model), [0]
+
+        def then_rewound(metrics: object) -> object:
+            masks = generate(metrics)
+            if self._done > rounds[-1]:  # NNI's MovementPruner makes masks between its updates, too
+                rounds.append(self._done)
+                rewind(first, evaluator)
+            return masks
+
+        self.bound_pruner._generate_sparsity = then_rewound
 
 
 class _AlongSchedulePruner(SchedulerPruner):

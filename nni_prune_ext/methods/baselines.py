@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan, plan_from_channels
-from nni_prune_ext.schedules import build_ratio_policy, build_schedule
+from nni_prune_ext.schedules import build_ratio_policy, build_schedule, rewinds
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.group_reduction import group_importance, writer_rows
 from nni_prune_ext.scoring.weight_norms import geometric_median_distance, l1_norm, l2_norm
@@ -86,6 +86,7 @@ class CriterionPruning(PruningMethod):
         self.options = options
         self.criterion = criterion
         self._ratios: dict[str, float] = {}
+        self._first: dict[str, Tensor] = {}
 
     def phases(self) -> Sequence[Phase]:
         """Returns one phase per cut; training follows every cut but the last."""
@@ -95,21 +96,32 @@ class CriterionPruning(PruningMethod):
     def start(self, context: MethodContext, phase: Phase) -> None:
         """Cuts up to the schedule's fraction of the target; the last cut is left to ``finish``."""
         step = int(phase.name.split()[1])
+        if step == 1 and rewinds(self.options.schedule):
+            self._first = {name: tensor.detach().clone() for name, tensor in context.model.state_dict().items()}
         if step < self.options.steps:
-            context.apply(self._plan(context, step))
+            self._cut(context, self._plan(context, step))
 
     def finish(self, context: MethodContext) -> Outcome:
         """Plans the last cut."""
         plan = self._plan(context, self.options.steps)
-        return Outcome(plan)
+        if not self._first:
+            return Outcome(plan)
+        self._cut(context, plan)
+        return Outcome(plan_from_channels(context.groups, {}))
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
-        """Returns the ratios reached so far: the ratio policy looks at them."""
-        return {}, {"ratios": dict(self._ratios)}
+        """Returns the ratios reached so far, which the ratio policy looks at, and weights to rewind to."""
+        return dict(self._first), {"ratios": dict(self._ratios)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
-        """Restores the ratios."""
+        """Restores the ratios and first weights."""
+        self._first = dict(tensors)
         self._ratios = dict(cast("dict[str, float]", values["ratios"]))
+
+    def _cut(self, context: MethodContext, plan: PruningPlan) -> None:
+        context.apply(plan)
+        if self._first:
+            context.rewind(self._first)
 
     def _plan(self, context: MethodContext, step: int) -> PruningPlan:
         fraction = build_schedule(self.options.schedule)(step / self.options.steps)

@@ -24,10 +24,21 @@ from nni_prune_ext.schedules import (
     linear,
     one_shot,
     replace_mask,
+    rewinds,
+    rounds_of_a_fifth,
     short_restriction,
     uniform_ratio,
 )
 from nni_prune_ext.testing import check_scheduler
+
+
+def test_rounds_of_a_fifth_leave_four_fifths_of_what_is_left() -> None:
+    gone = [(1 - 0.8**8) * rounds_of_a_fifth(k / 8) for k in range(9)]
+
+    assert [1 - 0.8**k for k in range(9)] == pytest.approx(gone)
+    assert 1.0 == rounds_of_a_fifth(1.0)
+    assert rewinds("rewinding")
+    assert not rewinds("agp")
 
 
 def test_asfp_goes_through_its_three_points() -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from nni_prune_ext.allocation import Limits, Target
 from nni_prune_ext.graph.channel_groups import trace_channel_groups
 from nni_prune_ext.methods import baselines
-from nni_prune_ext.methods.baselines import BaselineOptions, CriterionPruning, TaylorOptions, taylor_criterion
+from nni_prune_ext.methods.baselines import L1, BaselineOptions, CriterionPruning, TaylorOptions, taylor_criterion
 from nni_prune_ext.pipeline import prune
 from nni_prune_ext.plan import PruningPlan, removed_channels
 from nni_prune_ext.schedules import LINEAR, SchedulerSpec
 from nni_prune_ext.surgery import Removal
+from nni_prune_ext.testing import check_method
 from nni_prune_ext.testing.method_bench import Bench, modes_of, traces_on
 from nni_prune_ext.training import drive
 
@@ -131,6 +132,31 @@ def test_a_ratio_policy_sees_weights_and_the_ratios_of_the_last_step_counted_fro
     assert [0.5, 1.0] == [progress for progress, _, _ in seen]
     assert [{"0": 0.0, "2": 0.0}, {"0": 0.2, "2": 0.2}] == [pytest.approx(previous) for _, previous, _ in seen]
     assert [{"0": (10, 1), "2": (10, 10)}, {"0": (8, 1), "2": (8, 8)}] == [shapes for _, _, shapes in seen]
+
+
+def test_after_every_step_of_a_rewinding_schedule_the_first_weights_are_back() -> None:
+    bench = Bench.of(L1, {"steps": 3, "epochs_per_step": 1, "schedule": "rewinding"})
+    run = bench.run()
+    first, seen = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}, []
+    apply = run.apply
+
+    def watched(plan: PruningPlan) -> Removal:
+        before = run.model.state_dict()["head.bias"].clone()
+        removal = apply(plan)
+        seen.append(torch.equal(before, first["head.bias"]))
+        return removal
+
+    run.apply = watched  # type: ignore[method-assign]
+    outcome = drive(bench.built(), run)
+
+    assert [True, False, False] == seen, "the first cut comes before training, the others after an epoch"
+    assert 0 == outcome.plan.num_removed
+    for name, tensor in run.model.state_dict().items():
+        expected = first[name]
+        for dim, index in run.kept.get(name, {}).items():
+            expected = expected.index_select(dim, index)
+        assert torch.equal(expected, tensor), name
+    check_method(L1, options={"steps": 2, "epochs_per_step": 1, "schedule": "rewinding"})
 
 
 def test_every_group_gets_a_score_per_channel() -> None:

@@ -184,7 +184,7 @@ def test_nni_takes_every_search_space_and_its_samples_are_valid_options(spec: Me
 def test_choices_of_the_baselines_come_from_the_registry() -> None:
     found = {fact.name: fact for fact in option_facts(method_spec("l1").options)}
 
-    assert ("agp", "asfp", "cosine", "linear", "one_shot") == tuple(
+    assert ("agp", "asfp", "cosine", "linear", "one_shot", "rewinding") == tuple(
         sorted(str(c) for c in found["schedule"].choices or ())
     )
     assert ("psap_ratio", "uniform_ratio", None) == found["ratio_policy"].choices
