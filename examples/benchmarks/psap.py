@@ -94,10 +94,10 @@ PLANS: Mapping[str, Plan] = {
         ), limit=8_000,
     ),
     "scratch": Plan(
-        "resnet20", 10, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5"], HARD[1:], 2)), limit=8_000,
+        "resnet20", 10, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5"], HARD[2:], 2)), limit=8_000,
         pretrained=False, learning_rate=0.1,
     ),
-    "grid": Plan("resnet20", 5, crossed(["macs=0.5"], list(GRID), 2), limit=6_000),
+    "grid": Plan("resnet20", 5, crossed(["macs=0.5"], list(GRID), 2), limit=5_000),
     "pretrained-full": Plan(
         "resnet56", 40, (*crossed(["none"], ["dense"], 2), *crossed(["macs=0.5", "macs=0.15"], PRUNED, 2)),
     ),

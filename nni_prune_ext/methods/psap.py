@@ -29,7 +29,7 @@ After ``soft_share`` of the epochs the channels closed last are removed, certifi
 what is left, and the compact network trains on.
 
 Departures from our own notes on the method, where they say otherwise: the bound of a step is relative to the pace of
-the schedule and by the limits, and the target is met even where the bounds would not allow it; the default criterion
+the schedule, and the target is met even where the bounds would not allow it; the default criterion
 looks at all weights that hold a channel, because with gates the writers of closed channels get no gradient; readers of
 closed channels do not learn by default, a channel closed behind a gate is not brought back by its gradient, and one is
 protected only where it is worth more than what takes its place; by default two standard deviations (not one), a tenth
@@ -69,6 +69,8 @@ from nni_prune_ext.scoring.group_reduction import writer_rows
 from nni_prune_ext.scoring.weight_sparsity import weight_sparsity
 from nni_prune_ext.surgery import Removal
 
+_ROUNDS = 5
+"""Rounds in which a step's ratios and the share of channels that meets the target settle."""
 _MEMORY = 0.9
 """What the running mean of the use of a channel keeps from step to step."""
 
@@ -222,19 +224,24 @@ class Psap(PruningMethod):
             relative = relative_ratios(sparsity)
         else:
             relative = dict(build_ratio_policy(self.options.ratio_policy)(_rows(context), self.ratios, progress))
-        allocation = context.allocate(scores, fraction=fraction, ratios=relative)
-        share = allocation.predicted["ratio"]
-        pace, self._pace = max(share - self._pace, 0.0), share
-        ratios = adaptive_ratios(
-            relative,
-            self.ratios,
-            {group.name: group.num_channels for group in context.groups},
-            share,
-            step_bound=self.options.step_bound,
-            largest=allocation.largest,
-            pace=pace,
-        )
-        return ratios if any(ratios.values()) else relative
+        sizes, ratios, share = {group.name: group.num_channels for group in context.groups}, relative, 0.0
+        for _ in range(_ROUNDS):  # bounds move ratios to channels that cost more or less, so that others are due
+            allocation = context.allocate(scores, fraction=fraction, ratios=ratios)
+            share = allocation.predicted["ratio"]
+            ratios = adaptive_ratios(
+                relative,
+                self.ratios,
+                sizes,
+                share,
+                step_bound=self.options.step_bound,
+                largest={name: min(own, self.options.largest_ratio) for name, own in allocation.largest.items()},
+                pace=max(share - self._pace, 0.0),
+            )
+            if not any(ratios.values()):
+                ratios = relative
+                break
+        self._pace = share
+        return ratios
 
     def _chosen(
         self,

@@ -66,6 +66,13 @@ class PsapOptions(BaseModel):
         description="how far a group's ratio may leave the pace of the schedule in one step",
         json_schema_extra={"source": _ASSUMED, "search": [0.02, 0.3]},
     )
+    largest_ratio: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="largest share of a group that the ratios ask for, where the target allows; max_ratio bounds, too",
+        json_schema_extra={"source": _ASSUMED, "search": [0.5, 0.95]},
+    )
     criterion: str = Field(
         default="l2",
         description="registered pruner whose scores rank the channels of a group, with its default options",

@@ -11,7 +11,7 @@ import torch
 from psap_bench import Spy, driven
 from torch import Tensor, nn
 
-from nni_prune_ext.allocation import Target
+from nni_prune_ext.allocation import Limits, Target
 from nni_prune_ext.errors import ConfigError, NniPruneExtError, PluginError, UnknownPluginError
 from nni_prune_ext.methods.psap import PSAP, Psap
 from nni_prune_ext.methods.psap_options import PsapOptions
@@ -97,6 +97,27 @@ class TestSteps:
 
         assert own.notes[0]["ratio/inside.0"] > 2 * own.notes[0]["ratio/stem.0"]
         assert even.notes[0]["ratio/inside.0"] == pytest.approx(even.notes[0]["ratio/stem.0"], abs=0.1)
+
+    def test_no_group_loses_more_than_the_largest_ratio_where_the_target_allows_that(self) -> None:
+        def sparse(model: nn.Module) -> nn.Module:
+            with torch.no_grad():
+                weight = model.get_submodule("inside.0").weight
+                weight *= (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.9).float()
+            return model
+
+        frozen = TrainingSettings(learning_rate=1e-9, weight_decay=0.0, momentum=0.0)
+        options = {"epochs": 1, "soft_share": 1.0, "protect": "none", "schedule": "one_shot", "step_bound": 1.0}
+        ratios = {}
+        for largest in (0.5, 1.0):
+            run = Bench.of(PSAP, {}).run()
+            _, run = driven(
+                {**options, "largest_ratio": largest}, targets=(Target("macs", 0.5),), model=sparse(run.model),
+                settings=frozen, limits=Limits(max_ratio=0.9),
+            )  # fmt: skip
+            ratios[largest] = run.notes[0]["ratio/inside.0"]
+
+        assert ratios[1.0] > 0.7
+        assert 0.4 < ratios[0.5] <= 0.5 + 1 / 16, "to whole channels"
 
     def test_a_scaled_layer_in_front_of_a_norm_changes_nothing(self) -> None:
         settings = TrainingSettings(learning_rate=0.0 + 1e-12, weight_decay=0.0, momentum=0.0)
