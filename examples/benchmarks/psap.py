@@ -224,17 +224,19 @@ def cost(options: argparse.Namespace) -> dict:
     """Times one epoch of PSAP, probes and pruning step included, beside one of plain training, in turn.
 
     CPU time of the process; ResNet-20, ``--cost`` batches of 128 made images per epoch. The probes take a fixed number
-    of batches per epoch, so their share is that of a whole epoch of CIFAR-10 (391 batches) only at ``--cost 391``.
+    of batches per epoch, so their share is that of a whole epoch of CIFAR-10 (391 batches) only at ``--cost 391``. What
+    is done per parameter does not depend on the size of the images, so images smaller than 32 pixels overstate it.
     """
     generator = torch.Generator().manual_seed(0)
+    shape = (128, 3, options.size, options.size)
     data = [
-        (torch.randn(128, 3, 32, 32, generator=generator), torch.randint(0, 10, (128,), generator=generator))
+        (torch.randn(shape, generator=generator), torch.randint(0, 10, shape[:1], generator=generator))
         for _ in range(options.cost)
     ]
     settings = TrainingSettings(learning_rate=0.01, precision="bf16", channels_last=True, select_best=False)
-    model, example = npe.build_model("resnet20", num_classes=10, in_channels=3), torch.zeros(1, 3, 32, 32)
+    model, example = npe.build_model("resnet20", num_classes=10, in_channels=3), data[0][0][:1]
     groups = npe.trace_channel_groups(model, example)
-    times: dict[str, list[float]] = {"plain": [], "none": [], "gate": []}
+    times: dict[str, list[float]] = {"plain": [], "gate": []}
     for _ in range(options.rounds):
         for arm, found in times.items():
             clock = Clock()
@@ -250,7 +252,8 @@ def cost(options: argparse.Namespace) -> dict:
     medians = {arm: statistics.median(found) for arm, found in times.items()}
     ratios = {arm: [a / b for a, b in zip(found, times["plain"])] for arm, found in times.items() if arm != "plain"}
     return {
-        "network": "resnet20", "batch": 128, "batches_per_epoch": options.cost, "rounds": options.rounds,
+        "network": "resnet20", "image_size": options.size, "batch": 128, "batches_per_epoch": options.cost,
+        "rounds": options.rounds,
         "cpu_s_per_epoch": medians, "ratio_to_plain": {arm: statistics.median(found) for arm, found in ratios.items()},
         "ratios": ratios, "environment": environment(), "date": str(date.today()), "threads": options.threads,
     }  # fmt: skip
@@ -304,7 +307,9 @@ def summary(results: Path) -> Iterator[str]:
     path = results / "psap_cost.json"
     if path.exists():
         found = json.loads(path.read_text())
+        size = found["image_size"]
         yield f"\n## Cost of an epoch ({found['network']}, {found['batches_per_epoch']} batches of {found['batch']})\n"
+        yield f"Images of {size} × {size} pixels, medians of {found['rounds']} rounds, arms in turn.\n"
         yield "CPU time of one epoch with a pruning step, as a multiple of one of plain training, median:\n"
         for arm, ratio in found["ratio_to_plain"].items():
             yield f"* protection `{arm}`: {ratio:.3f}"
@@ -349,6 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", default=str(HERE / "results"))
     parser.add_argument("--cost", type=int, metavar="BATCHES", help="time epochs of so many batches instead")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images of --cost")
     parser.add_argument("--summary", action="store_true", help="write results/psap.md")
     return parser
 

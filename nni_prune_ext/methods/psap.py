@@ -55,6 +55,7 @@ from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Out
 from nni_prune_ext.methods.psap_options import PsapOptions
 from nni_prune_ext.methods.psap_protection import (
     check_reach,
+    drawn,
     gate_probe,
     important,
     literal_probe,
@@ -82,6 +83,7 @@ class Psap(PruningMethod):
         closed: group → ``(num_channels,)`` bool on the CPU, ``True`` = pruned for now.
         shields: group → ``(num_channels,)`` int64, pruning steps for which a channel stays protected.
         use: group → ``(num_channels,)``, running mean of the magnitude of the gate gradient in training.
+        ever: ``protected`` and ``revived`` → group → ``(num_channels,)`` bool, what was so in any step.
         ratios: group → share of its channels that is closed.
     """
 
@@ -90,6 +92,7 @@ class Psap(PruningMethod):
         self.closed: dict[str, Tensor] = {}
         self.shields: dict[str, Tensor] = {}
         self.use: dict[str, Tensor] = {}
+        self.ever: dict[str, dict[str, Tensor]] = {"protected": {}, "revived": {}}
         self.ratios: dict[str, float] = {}
         self._pace = 0.0
         self._readings = Readings([], set())
@@ -120,6 +123,8 @@ class Psap(PruningMethod):
             self.closed[group.name] = torch.zeros(group.num_channels, dtype=torch.bool)
             self.shields[group.name] = torch.zeros(group.num_channels, dtype=torch.int64)
             self.use[group.name] = torch.zeros(group.num_channels)
+            for own in self.ever.values():
+                own[group.name] = torch.zeros(group.num_channels, dtype=torch.bool)
         self.ratios = dict.fromkeys(flat, 0.0)
 
     def attach(self, context: MethodContext, phase: Phase) -> None:
@@ -148,7 +153,7 @@ class Psap(PruningMethod):
 
     def on_removed(self, context: MethodContext, removal: Removal) -> None:
         """Forgets what was about channels: those that are left stay."""
-        self.closed, self.shields, self.use = {}, {}, {}
+        self.closed, self.shields, self.use, self.ever = {}, {}, {}, {"protected": {}, "revived": {}}
         self._readings = Readings([], set())
 
     def finish(self, context: MethodContext) -> Outcome:
@@ -157,17 +162,18 @@ class Psap(PruningMethod):
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
         """Returns what is closed and shielded, how much channels are used, ratios and facts."""
-        parts = {"closed": self.closed, "shield": self.shields, "use": self.use}
+        parts = {"closed": self.closed, "shield": self.shields, "use": self.use, **self.ever}
         tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
         return tensors, {"pace": self._pace, "ratios": dict(self.ratios), "facts": dict(self._facts)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
         """Restores what ``state_dict`` returned."""
-        own: dict[str, dict[str, Tensor]] = {"closed": {}, "shield": {}, "use": {}}
+        own: dict[str, dict[str, Tensor]] = {"closed": {}, "shield": {}, "use": {}, "protected": {}, "revived": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             own[part][name] = tensor
         self.closed, self.shields, self.use = own["closed"], own["shield"], own["use"]
+        self.ever = {"protected": own["protected"], "revived": own["revived"]}
         self._pace = float(cast("float", values["pace"]))
         self.ratios = dict(cast("dict[str, float]", values["ratios"]))
         self._facts = dict(cast("dict[str, float]", values["facts"]))
@@ -194,9 +200,13 @@ class Psap(PruningMethod):
         if self.options.mode == "zeroise":
             zero_writers(context, self.closed)
         self.ratios = {name: float(gone.float().mean()) for name, gone in self.closed.items()}
-        revived = sum(int((before[name] & ~gone).sum()) for name, gone in self.closed.items())
-        counts = {"protected": sum(int(own.sum()) for own in protected.values()), "revived": revived}
-        self._facts = {key: self._facts[key] + count for key, count in counts.items()}
+        events = {"protected": protected, "revived": {name: own & ~self.closed[name] for name, own in before.items()}}
+        counts = {}
+        for key, found in events.items():
+            counts[key] = sum(int(own.sum()) for own in found.values())
+            self.ever[key] = {name: own | found[name] for name, own in self.ever[key].items()}
+            left = sum(int((own & ~self.closed[name]).sum()) for name, own in self.ever[key].items())
+            self._facts |= {key: self._facts[key] + counts[key], f"{key}_and_left": left}
         context.log(
             {
                 "share_of_target": fraction,
@@ -315,7 +325,7 @@ class Psap(PruningMethod):
                 *found[name], gone, candidates, self._next(name),
                 deviations=own.probe_deviations, share=own.protected_share,
             )  # fmt: skip
-            best = _drawn(candidates, int(best.sum()), generator) if own.protect == "random" else best
+            best = drawn(candidates, int(best.sum()), generator) if own.protect == "random" else best
             chosen[name] = best & ~already[name]
         return chosen
 
@@ -371,14 +381,6 @@ def _criterion(name: str) -> Callable[[MethodContext], Mapping[str, Tensor]]:
             "that is a criterion, for example l2 or taylor. Choose one of these."
         )
     return lambda context: scores(context, options)
-
-
-def _drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Returns so many candidates, drawn."""
-    places = candidates.nonzero()[:, 0]
-    result = torch.zeros_like(candidates)
-    result[places[torch.randperm(len(places), generator=generator)[:count]]] = True
-    return result
 
 
 PSAP = MethodSpec(

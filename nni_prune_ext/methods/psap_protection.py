@@ -195,3 +195,11 @@ def important(
     worth = -signed[best] > size[instead[: len(best)]]
     result[best[worth.cumprod(0).bool()]] = True
     return result
+
+
+def drawn(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Returns so many candidates, drawn."""
+    places = candidates.nonzero()[:, 0]
+    result = torch.zeros_like(candidates)
+    result[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+    return result

@@ -49,6 +49,8 @@ class TestResume:
                     own, other = getattr(spy, part), getattr(again, part)
                     assert own.keys() == other.keys()
                     assert all(torch.equal(own[name], other[name]) for name in own)
+                for part, own in spy.ever.items():
+                    assert all(torch.equal(own[name], again.ever[part][name]) for name in own)
                 assert (spy._pace, spy.ratios, spy._facts) == (again._pace, again.ratios, again._facts)
                 saved.append(float(torch.cat([use.flatten() for use in spy.use.values()]).sum()))
 
@@ -56,6 +58,29 @@ class TestResume:
 
         assert saved
         assert min(saved) > 0
+
+
+def test_what_was_protected_or_came_back_and_is_left_is_counted() -> None:
+    seen: dict[str, dict[str, Tensor]] = {"protected": {}, "revived": {}}
+    before: list[dict[str, Tensor]] = []
+    closed: list[dict[str, Tensor]] = []
+
+    def look(spy: Spy, context: MethodContext) -> None:
+        closed.append({name: own.clone() for name, own in spy.closed.items()})
+        for name, own in spy.closed.items():
+            back = before[-1][name] & ~own if before else torch.zeros_like(own)
+            guarded = spy.shields[name] == spy.options.shield_steps
+            for key, now in (("revived", back), ("protected", guarded)):
+                seen[key][name] = seen[key].get(name, torch.zeros_like(own)) | now
+        before.append({name: own.clone() for name, own in spy.closed.items()})
+
+    options = {"epochs": 10, "mode": "zeroise", "probe_deviations": 0.0, "schedule": "linear", "protected_share": 0.3}
+    spy, _ = driven(options, settings=NOISY, removed=look, seen=lambda spy, context: spy.closed and look(spy, context))
+
+    for key, found in seen.items():
+        left = sum(int((own & ~closed[7][name]).sum()) for name, own in found.items())
+        assert left == spy._facts[f"{key}_and_left"], key
+        assert 0 < left <= spy._facts[key]
 
 
 class TestProtection:
@@ -152,7 +177,7 @@ class TestProtection:
 
     def test_draws_at_random_are_others_in_every_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seeds: list[int] = []
-        monkeypatch.setattr(psap, "_drawn", lambda candidates, count, generator: noted(candidates, generator))
+        monkeypatch.setattr(psap, "drawn", lambda candidates, count, generator: noted(candidates, generator))
 
         def noted(candidates: Tensor, generator: torch.Generator) -> Tensor:
             seeds.append(generator.initial_seed())
