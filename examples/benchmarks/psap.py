@@ -324,16 +324,22 @@ def table(rows: list[dict]) -> Iterator[str]:
         kept.setdefault((row["target"], row["arm"]), []).append(row)
     for (target, arm), cells in kept.items():
         scores = [100 * cell["test"] for cell in cells]
-        facts = [
-            "–" if "facts" not in cells[0] or key not in cells[0]["facts"]
-            else f"{statistics.fmean(cell['facts'][key] for cell in cells):.0f}"
-            for key in ("protected", "revived")
-        ]  # fmt: skip
+        facts = [_counted(cells, key) for key in ("protected", "revived")]
         yield (
             f"| {target} | {arm} | {statistics.fmean(scores):.2f} ({', '.join(f'{s:.2f}' for s in scores)}) | "
             f"{statistics.fmean(cell['macs'] for cell in cells):.3f} | "
             f"{statistics.fmean(cell.get('params', 1) for cell in cells):.3f} | {facts[0]} | {facts[1]} |"
         )
+
+
+def _counted(cells: list[dict], key: str) -> str:
+    """Returns how many channels a step protected or revived, in all, and how many of those were left at the end."""
+    found = [cell.get("facts", {}) for cell in cells]
+    if not all(key in own for own in found):
+        return "–"
+    left = [own[f"{key}_and_left"] for own in found if f"{key}_and_left" in own]
+    text = f"{statistics.fmean(own[key] for own in found):.0f}"
+    return f"{text} ({statistics.fmean(left):.0f} left)" if len(left) == len(found) else text
 
 
 def read_rows(path: Path) -> list[dict]:
