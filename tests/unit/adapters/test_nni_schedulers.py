@@ -349,7 +349,7 @@ def test_a_ratio_policy_that_cannot_reach_the_total_is_told(registered: Callable
         "one", SchedulerSpec("ratio_policy", "one", lambda: lambda weights, *_: {n: float("fc1" in n) for n in weights})
     )
     model = network()
-    pruner = scheduled_pruner_for("one")(L1NormPruner(model, config(0.75), evaluator(model)), 2, 1)
+    pruner = scheduled_pruner_for("one")(L1NormPruner(model, config(0.99), evaluator(model)), 2, 1)
 
     with pytest.raises(TargetError, match="cannot be reached"):
         pruner.compress(2, None)
