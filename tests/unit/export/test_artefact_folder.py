@@ -389,7 +389,9 @@ LOOK_ALIKES: dict[str, Callable[[Path], object]] = {
     "a living process": lambda draft: renamed(draft.name.split("-")[-2], str(os.getppid()))(draft),
     "no process": lambda draft: renamed(f"-{draft.name.split('-')[-2]}-", "-x-")(draft),
     "another random part": lambda draft: renamed(draft.name.rpartition("-")[2], "vol 1")(draft),
-    "renamed, with the marker of the old name": lambda draft: draft.rename(draft.with_name(draft.name[:-1] + "ab"[draft.name[-1] == "a"])),
+    "renamed, with the marker of the old name": lambda draft: draft.rename(
+        draft.with_name(draft.name[:-1] + ("b" if draft.name.endswith("a") else "a"))
+    ),
     "a link": linked,
     "a novel": lambda draft: (without_marker(draft), draft.rename(draft.with_name(".unfinished-novel"))),
 }  # fmt: skip
