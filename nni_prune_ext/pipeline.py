@@ -196,12 +196,12 @@ def prune(
             raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
     recovery = replace(
         run,
-        loss=loss if distillation is None else distilled(loss, model, distillation),
+        loss=run.loss if distillation is None else distilled(run.loss, model, distillation),
         checkpoints=saved and saved.stage("recovery"),
     )
     masks = outcome.weight_masks or {}
     removed_only = _masked(removal.model, masks)
-    compact, logs = _recovered(removed_only, recovery, train_batches, recover_epochs, masks, recalibrate=loss)
+    compact, logs = _recovered(removed_only, recovery, train_batches, recover_epochs, masks, recalibrate=run.loss)
     costs = count_costs(compact, example_inputs)
     return PruneResult(
         model=compact,

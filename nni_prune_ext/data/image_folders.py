@@ -138,7 +138,7 @@ def common_size(paths: Sequence[Path]) -> tuple[int, int] | None:
             with Image.open(path) as image:
                 sizes.add((image.height, image.width))
         except UNREADABLE as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         if len(sizes) > 1:
             return None
     return sizes.pop() if sizes else None
@@ -182,13 +182,14 @@ def _decode(path: Path, size: tuple[int, int]) -> np.ndarray[tuple[int, ...], np
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8)
 
 
-def _unreadable(path: Path, error: BaseException) -> DataError:
+def unreadable(path: Path, error: BaseException) -> DataError:
+    """Return the error that tells of an image file that cannot be read."""
     return DataError(
         f"The image '{path}' cannot be read ({type(error).__name__}: {error}). Expected a complete image file. Replace "
         f"or remove it."

@@ -26,11 +26,11 @@ everything else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 
 from nni_prune_ext.errors import ConfigError
@@ -42,6 +42,7 @@ from nni_prune_ext.methods.base import Batch, JsonState, MethodContext, MethodSp
 from nni_prune_ext.methods.feature_reading import FeatureReading
 from nni_prune_ext.methods.reconstruction_decoder import Decoder
 from nni_prune_ext.methods.reconstruction_options import ReconstructionOptions
+from nni_prune_ext.methods.trained_decoder import TrainedDecoder, decoder_of, reconstruction_error
 from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.group_reduction import WEIGHT_ROLES
@@ -80,7 +81,7 @@ class Reconstruction(PruningMethod):
         own = self.options
         decoder = Phase(
             _DECODER,
-            own.decoder_epochs if own.reconstruction_weight else 0,
+            own.decoder_epochs if own.reconstruction_weight and own.decoder_from is None else 0,
             trainable=lambda _: False,
             optimizers=self._optimizers,
         )
@@ -129,6 +130,11 @@ class Reconstruction(PruningMethod):
             passed = sum((epoch + 1) / phase.epochs >= milestone for milestone in _MILESTONES)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.options.decoder_learning_rate * 0.1**passed
+            if epoch + 1 == phase.epochs and self.options.decoder_to is not None:
+                assert self.decoder is not None
+                assert self.reading is not None
+                trained = TrainedDecoder.of(self.decoder, self.reading.maps, context.model)
+                trained.save(Path(self.options.decoder_to))
 
     def on_removed(self, context: MethodContext, removal: Removal) -> None:
         """Lets the reading follow the cut."""
@@ -149,7 +155,8 @@ class Reconstruction(PruningMethod):
         tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
         maps = () if self.reading is None else self.reading.maps
         shapes = {f"map/{own.module}": [float(own.channels), float(own.height), float(own.width)] for own in maps}
-        return tensors, {"facts": dict(self._facts), **shapes}
+        layers: JsonState = {} if self.decoder is None else {"decoder": dict(self.decoder.settings)}
+        return tensors, {"facts": dict(self._facts), **layers, **shapes}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
         """Restores what ``state_dict`` returned."""
@@ -166,7 +173,8 @@ class Reconstruction(PruningMethod):
         ]
         if maps:
             self.reading = FeatureReading.restored(maps, parts["reading"])
-            self.decoder = self._built(maps).to(next(iter(parts["decoder"].values())))
+            settings = cast("dict[str, float]", values["decoder"])
+            self.decoder = decoder_of(maps, settings).to(next(iter(parts["decoder"].values())))
             self.decoder.load_state_dict(parts["decoder"])
 
     def _begin(self, context: MethodContext) -> None:
@@ -184,24 +192,29 @@ class Reconstruction(PruningMethod):
         self.first = {name: tensor.detach().clone() for name, tensor in context.model.state_dict().items()}
         if not self.options.reconstruction_weight:
             return
-        names = self.options.feature_maps
-        given = None if names is None else [name.strip() for name in names.split(",")]
-        batch = context.batches(1)[0]
-        maps = feature_maps(context.model, lambda: context.task_loss(batch), given)
+        if self.options.decoder_from is not None:
+            trained = TrainedDecoder.load(Path(self.options.decoder_from))
+            trained.check_encoder(context.model, self.options.decoder_from)
+            maps, self.decoder = trained.maps, trained.decoder
+        else:
+            maps = self._found_maps(context)
+            self.decoder = self._built(maps)
+        self.decoder.to(next(context.model.parameters()))
         sources = {own.module: ChannelSources({}, {}) for own in maps}
         if context.unit == "channel":
             sources |= channel_sources(context.model, context.example_inputs, maps)
         self.reading = FeatureReading(maps, sources)
-        self.decoder = self._built(maps).to(next(context.model.parameters()))
+
+    def _found_maps(self, context: MethodContext) -> tuple[FeatureMap, ...]:
+        names = self.options.feature_maps
+        given = None if names is None else [name.strip() for name in names.split(",")]
+        batch = context.batches(1)[0]
+        return feature_maps(context.model, lambda: context.task_loss(batch), given)
 
     def _built(self, maps: Sequence[FeatureMap]) -> Decoder:
         own = self.options
         return Decoder(
-            maps,
-            hints=own.hints,
-            hint_share=own.hint_share,
-            hint_stride=own.hint_stride,
-            blocks=own.decoder_blocks,
+            maps, hints=own.hints, hint_share=own.hint_share, hint_stride=own.hint_stride, blocks=own.decoder_blocks
         )
 
     def _optimizers(self, context: MethodContext) -> list[Optimizer]:
@@ -220,12 +233,9 @@ class Reconstruction(PruningMethod):
         """Returns the mean squared error of the last forward pass's image, rebuilt from its feature maps."""
         assert self.decoder is not None
         assert self.reading is not None
-        image, features = self.reading.take()
-        exact = self.decoder.last.weight.dtype  # also where the network runs in bfloat16
-        rebuilt = self.decoder({name: own.to(exact) for name, own in features.items()})
-        error = functional.mse_loss(rebuilt.to(exact), image.to(exact))
+        error, image, _ = reconstruction_error(self.decoder, self.reading)
         self._errors.append(error.detach())
-        self._variances.append(image.to(exact).var(0, correction=0).mean())
+        self._variances.append(image.var(0, correction=0).mean())
         return error
 
     def _prune(self, context: MethodContext, rounds: int) -> None:

@@ -28,6 +28,9 @@ class Decoder(nn.Module):
     Departures: the layers of the authors' decoder are not published. Ours has one convolution and ``blocks`` residual
     blocks per stage, and group norms, which know neither modes nor statistics of batches: the frozen decoder is the
     same function in training and evaluation, whatever the batch or the number of processes.
+
+    Attributes:
+        settings: what it was built with, beside the feature maps.
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class Decoder(nn.Module):
             blocks: residual blocks per stage.
         """
         super().__init__()
+        self.settings: dict[str, float] = {
+            "hints": hints, "hint_share": hint_share, "hint_stride": hint_stride, "blocks": blocks
+        }  # fmt: skip
         image, *inner, code = maps
         self.hint_share, self.code = hint_share, code.module
         coarse = [own.module for own in reversed(inner) if image.height / own.height > hint_stride - 0.5]

@@ -71,6 +71,16 @@ class ReconstructionOptions(BaseModel):
         description="modules whose outputs the decoder reads, first to last, with commas; none: one per resolution",
         json_schema_extra={"source": "ours"},
     )
+    decoder_to: str | None = Field(
+        default=None,
+        description="safetensors file to write the trained decoder to, for other runs and as part of other losses",
+        json_schema_extra={"source": "ours"},
+    )
+    decoder_from: str | None = Field(
+        default=None,
+        description="such a file: that decoder is taken, layers included, instead of training one",
+        json_schema_extra={"source": "ours"},
+    )
     rounds: int = Field(
         default=8,
         ge=1,

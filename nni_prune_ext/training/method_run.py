@@ -237,6 +237,8 @@ class MethodRun:
             for dim, index in dims.items():
                 own[dim] = own[dim][index] if dim in own else index
         protected = {p.root: p.reason for p in self.groups.protected}
+        after_cut = getattr(self.loss, "after_cut", None)  # a loss that reads feature maps, for example
+        self.loss = self.loss if after_cut is None else after_cut(kept)
         self.model = model
         traced = trace_channel_groups(model, self.example_inputs)
         self.groups = traced.protecting({g.name: protected[g.name] for g in traced if g.name in protected})

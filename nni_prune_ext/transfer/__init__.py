@@ -1,0 +1,16 @@
+"""A pruned network on another task: as the backbone of a detector, or as a classifier of other classes; compared."""
+
+from nni_prune_ext.transfer.backbones import FeatureBackbone, feature_backbone
+from nni_prune_ext.transfer.comparison import TransferReport, TransferRow, transfer
+from nni_prune_ext.transfer.heads import HEADS, classifier, detector
+
+__all__ = [
+    "HEADS",
+    "FeatureBackbone",
+    "TransferReport",
+    "TransferRow",
+    "classifier",
+    "detector",
+    "feature_backbone",
+    "transfer",
+]
