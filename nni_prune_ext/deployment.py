@@ -48,6 +48,7 @@ from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
+from nni_prune_ext.report.pictures import png_text
 from nni_prune_ext.runtimes.base import Array, InferenceRuntime, RunnableModel
 from nni_prune_ext.training import Batches, accuracy
 from nni_prune_ext.training.processes import apart
@@ -392,5 +393,6 @@ def result_facts(result: PruneResult) -> dict[str, object]:
         "unreached": list(result.groups.unreached),
         "value_dependent": list(result.groups.value_dependent),
         "facts": dict(result.outcome.facts),
+        "pictures": {caption: png_text(picture) for caption, picture in result.outcome.pictures.items()},
         "epochs": [vars(log) for log in result.logs],
     }

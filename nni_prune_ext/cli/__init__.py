@@ -17,6 +17,7 @@ from nni_prune_ext.cli.plan import plan
 from nni_prune_ext.cli.prune import prune
 from nni_prune_ext.cli.report import report
 from nni_prune_ext.cli.run import run
+from nni_prune_ext.cli.transfer import transfer
 from nni_prune_ext.errors import CertificateError, NniPruneExtError, ParityError, TrainingError
 
 HONEST_FAILURES = (CertificateError, ParityError, TrainingError)
@@ -37,6 +38,7 @@ app.command("plan")(plan)
 app.command("prune")(prune)
 app.command("run")(run)
 app.command("experiment")(experiment)
+app.command("transfer")(transfer)
 app.command("export")(export)
 app.command("benchmark")(benchmark)
 app.command("report")(report)

@@ -54,7 +54,8 @@ def benchmark(
     json: o.Json = False,
 ) -> None:
     """Measures latency, throughput, size and, with data, accuracy of networks of one input shape, side by side."""
-    from nni_prune_ext.data.sources import open_data  # imported here to keep --help instant
+    from nni_prune_ext.cli.job import read_numbers  # imported here to keep --help instant
+    from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import runtime
     from nni_prune_ext.export.artefact_folder import check_writable
     from nni_prune_ext.registry import plugins
@@ -73,8 +74,8 @@ def benchmark(
             limit=limit_images,
             seed=seed,
             download=download,
-            mean=_numbers("--mean", mean),
-            std=_numbers("--std", std),
+            mean=read_numbers("--mean", mean),
+            std=read_numbers("--std", std),
         )
     job = _Job(files, shape, tuple(dict.fromkeys(batch)), threads, rounds, seconds, source, seed)
     result = _measure(job, runtimes)
@@ -321,17 +322,6 @@ def _sizes(files: Mapping[str, Path]) -> dict[str, int]:
     from nni_prune_ext.evaluation import file_size_bytes  # imported here to keep --help instant
 
     return {name: file_size_bytes(path) for name, path in files.items()}
-
-
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
-
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"Cannot read {option} '{text}'. Expected one number per channel, for example 0.5,0.5."
-        ) from error
 
 
 def _written(shape: Sequence[int | None]) -> str:

@@ -195,6 +195,20 @@ def read_options(texts: Sequence[str]) -> dict[str, object]:
     return result
 
 
+def read_numbers(option: str, text: str | None) -> list[float] | None:
+    """Reads one number per channel, with commas.
+
+    Raises:
+        ConfigError: a text is not of this form.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"Cannot read {option} '{text}'. Expected one number per channel, for example 0.5,0.5."
+        ) from error
+
+
 def _texts(value: object) -> list[str]:
     return [str(text) for text in value] if isinstance(value, (list, tuple)) else []
 

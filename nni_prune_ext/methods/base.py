@@ -62,12 +62,14 @@ class Outcome:
         gated_model: a network whose channels are switched per input, where that is the product. It holds a copy of the
             model that the context holds at the end: a method cuts first (``context.apply``) and leaves ``plan`` empty.
         facts: numbers worth a line in the report.
+        pictures: what each shows → ``(C, H, W)`` uint8 with 1 or 3 channels, for the report.
     """
 
     plan: PruningPlan
     weight_masks: Mapping[str, Tensor] | None = None
     gated_model: nn.Module | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class MethodContext(Protocol):

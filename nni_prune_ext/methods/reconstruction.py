@@ -42,7 +42,7 @@ from nni_prune_ext.methods.base import Batch, JsonState, MethodContext, MethodSp
 from nni_prune_ext.methods.feature_reading import FeatureReading
 from nni_prune_ext.methods.reconstruction_decoder import Decoder
 from nni_prune_ext.methods.reconstruction_options import ReconstructionOptions
-from nni_prune_ext.methods.trained_decoder import TrainedDecoder, decoder_of, reconstruction_error
+from nni_prune_ext.methods.trained_decoder import TrainedDecoder, comparison_picture, decoder_of, reconstruction_error
 from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.group_reduction import WEIGHT_ROLES
@@ -50,6 +50,8 @@ from nni_prune_ext.scoring.weight_norms import slice_rows
 from nni_prune_ext.surgery import Removal
 
 _DECODER = "decoder"
+_DENSE = "Training images, and what the trained decoder makes of the dense network's feature maps"
+_TRAINED = "Training images, and what it makes of them at the end of the last round, where it stood still in training"
 _MILESTONES = (0.2, 0.6)
 """Shares of the decoder's epochs after which its learning rate falls to a tenth: epochs 10 and 30 of 50."""
 
@@ -74,6 +76,7 @@ class Reconstruction(PruningMethod):
         self._errors: list[Tensor] = []
         self._variances: list[Tensor] = []
         self._facts: dict[str, float] = {}
+        self._pictures: dict[str, Tensor] = {}
         self._learning = False
 
     def phases(self) -> Sequence[Phase]:
@@ -91,7 +94,9 @@ class Reconstruction(PruningMethod):
         """Keeps the first weights; prunes before every round but the first."""
         if phase.name == _DECODER:
             self._begin(context)
-        elif phase.name != "round 1":
+        elif phase.name == "round 1":
+            self._show(context, _DENSE)
+        else:
             self._prune(context, int(phase.name.split()[1]) - 1)
 
     def attach(self, context: MethodContext, phase: Phase) -> None:
@@ -143,13 +148,14 @@ class Reconstruction(PruningMethod):
 
     def finish(self, context: MethodContext) -> Outcome:
         """Prunes for the last time and hands over the ticket."""
+        self._show(context, _TRAINED)
         self._prune(context, self.options.rounds)
         nothing = plan_from_channels(context.groups, {})
-        return Outcome(nothing, weight_masks=dict(self.masks) or None, facts=self._facts)
+        return Outcome(nothing, weight_masks=dict(self.masks) or None, facts=self._facts, pictures=self._pictures)
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
         """Returns first weights, masks, the decoder, and the channels that are left of the feature maps."""
-        parts = {"first": self.first, "mask": self.masks}
+        parts = {"first": self.first, "mask": self.masks, "picture": self._pictures}
         if self.decoder is not None and self.reading is not None:
             parts |= {"decoder": self.decoder.state_dict(), "reading": self.reading.state_dict()}
         tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
@@ -160,11 +166,11 @@ class Reconstruction(PruningMethod):
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
         """Restores what ``state_dict`` returned."""
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("first", "mask", "decoder", "reading")}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("first", "mask", "picture", "decoder", "reading")}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self.first, self.masks = parts["first"], parts["mask"]
+        self.first, self.masks, self._pictures = parts["first"], parts["mask"], parts["picture"]
         self._facts = dict(cast("dict[str, float]", values["facts"]))
         maps = [
             FeatureMap(key.removeprefix("map/"), *(int(size) for size in cast("list[float]", shape)))
@@ -237,6 +243,21 @@ class Reconstruction(PruningMethod):
         self._errors.append(error.detach())
         self._variances.append(image.var(0, correction=0).mean())
         return error
+
+    def _show(self, context: MethodContext, caption: str) -> None:
+        """Keeps a picture of a few training images and what the decoder makes of them now."""
+        if self.decoder is None or self.reading is None:
+            return
+        taking_off = self.reading.attach(context.model)
+        try:
+            with untouched(context.model), torch.no_grad():
+                context.task_loss(context.batches(1)[0])
+                _, image, rebuilt = reconstruction_error(self.decoder, self.reading)
+        finally:
+            for take_off in taking_off:
+                take_off()
+        if image.shape[1] in (1, 3):
+            self._pictures[caption] = comparison_picture(image, rebuilt)
 
     def _prune(self, context: MethodContext, rounds: int) -> None:
         """Prunes as much as is due after so many rounds, by the trained weights; then rewinds all that is left."""

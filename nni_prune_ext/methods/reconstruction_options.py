@@ -106,10 +106,10 @@ class ReconstructionOptions(BaseModel):
         json_schema_extra={"source": "algorithm 1; without it is the IMP of the ablation"},
     )
     criterion: Criterion = Field(
-        default="magnitude",
-        description="what a channel is worth: the size of the trained weights that hold it, or the effect of a gate on "
-        "the joint loss; single weights always go by magnitude",
-        json_schema_extra={"source": "algorithm 1: magnitude; taylor is ours, for channels"},
+        default="taylor",
+        description="what a channel is worth: the effect of a gate on the joint loss, or the size of the trained "
+        "weights that hold it; single weights always go by magnitude",
+        json_schema_extra={"source": "algorithm 1: magnitude, which fails for channels under MACs; taylor is ours"},
     )
     score_batches: int = Field(
         default=50,

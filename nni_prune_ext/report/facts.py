@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -121,6 +121,7 @@ class RunReport(_Facts):
         masked: single weights of every layer whose weights are masked.
         curves: finished epochs by stage, for example ``l1`` and ``dense-trained-longer``.
         notes: numbers that the method logged, each with its ``progress`` (0–1).
+        pictures: what each shows → PNG in base64.
         metric: what the accuracy columns hold, as ``module:function``; ``None`` for top-1 accuracy.
         folder: where the report was read from; not written.
     """
@@ -152,6 +153,7 @@ class RunReport(_Facts):
     facts: dict[str, float | None] = {}
     curves: dict[str, tuple[EpochFacts, ...]] = {}
     notes: tuple[dict[str, float | None], ...] = ()
+    pictures: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]] = {}
     metric: str | None = None
     folder: Path | None = Field(default=None, exclude=True)
 

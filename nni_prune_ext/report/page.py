@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
@@ -19,6 +20,9 @@ from nni_prune_ext.report.run_names import run_names
 from nni_prune_ext.report.sections import run_sections
 from nni_prune_ext.report.verdicts import is_met, key_figures, target_verdict, verdicts
 from nni_prune_ext.text_files import write_text
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True)
@@ -51,26 +55,22 @@ def page(reports: Sequence[RunReport]) -> str:
     """
     if not reports:
         raise ArtefactError("There is nothing to show: 0 reports, expected at least one. Give a run folder.")
-    import jinja2  # imported here to keep it out of every other verb
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nni_prune_ext.report", package_path=""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(breakable=_breakable, unbroken=_unbroken)
     alone = len(reports) == 1
     names = run_names(reports)
     runs = [_run(report, index, names[index], alone=alone) for index, report in enumerate(reports)]
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         title=reports[0].heading if alone else f"{len(reports)} runs compared",
         verdicts=[] if alone else list(_comparison_verdicts(reports)),
         runs=runs,
         shared=[] if alone else list(_shared_sections(reports)),
         alone=alone,
     )
+
+
+def sections_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """Returns a page of sections, without verdicts or figures."""
+    alone = _Run(0, title, subtitle, (), (), sections)
+    return _template().render(title=title, verdicts=[], runs=[alone], shared=[], alone=True)
 
 
 def _run(report: RunReport, index: int, name: str, *, alone: bool) -> _Run:
@@ -116,6 +116,20 @@ def _comparison_verdicts(reports: Sequence[RunReport]) -> Iterator[Verdict]:
     yield Verdict(tone, text) if found else Verdict("", "No run was asked for a target.")
     for number, target in missed:
         yield Verdict("bad", f"Run {number}: {target_verdict(target).text}")
+
+
+def _template() -> jinja2.Template:
+    import jinja2  # imported here to keep it out of every other verb
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nni_prune_ext.report", package_path=""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(breakable=_breakable, unbroken=_unbroken)
+    return environment.get_template("page.html.j2")
 
 
 def _breakable(text: str) -> Markup:

@@ -10,6 +10,7 @@ from nni_prune_ext.report.accuracy_charts import accuracy_section
 from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport, WidthFacts
 from nni_prune_ext.report.network_tables import before_after, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
+from nni_prune_ext.report.pictures import pictures_section
 from nni_prune_ext.report.verdicts import nothing_cut
 
 _SHOWN_CLOCKS = {
@@ -44,6 +45,8 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     yield _curves(report, name)
     if report.notes:
         yield _notes(report, name)
+    if report.pictures:
+        yield pictures_section(report)
     yield _exactness(report)
     yield _protected(report)
     yield _method(report)

@@ -33,7 +33,7 @@ from nni_prune_ext.training import (
     seeded,
 )
 from nni_prune_ext.transfer.average_precision import average_precision, detection_metric
-from nni_prune_ext.transfer.heads import HEADS, DetectorHead, Head, classifier, detector
+from nni_prune_ext.transfer.heads import HEADS, DetectorHead, Head, classifier, detector, last_linear
 
 REPORT = "transfer.json"
 FORMAT = 1
@@ -47,8 +47,8 @@ class TransferRow:
 
     Attributes:
         metrics: on the test split after the last epoch, 0–1; the first one is what is compared.
-        parameters: that are not masked, in the convolutions of the network, in what is used of it, and in all with the
-            new head.
+        parameters: that are not masked, in the convolutions of the network, in the network as far as it is used, and
+            in all with the new head.
         losses: mean loss of every epoch.
     """
 
@@ -95,8 +95,11 @@ class TransferReport:
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
-        content = {"format": FORMAT, "metric": self.metric, "facts": self.facts, "rows": [asdict(r) for r in self.rows]}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps({"format": FORMAT, **self.to_json()}, indent=1) + "\n")
+
+    def to_json(self) -> dict[str, object]:
+        """Returns it as JSON-ready values."""
+        return {"metric": self.metric, "facts": dict(self.facts), "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
     def load(cls, path: Path) -> TransferReport:
@@ -119,7 +122,7 @@ def transfer(
     networks: Mapping[str, nn.Module],
     source: DataSource | DetectionSource,
     *,
-    head: Head | None = None,
+    head: Head | str | None = None,
     epochs: int = 10,
     seeds: Sequence[int] = (0,),
     settings: TrainingSettings | None = None,
@@ -219,8 +222,8 @@ class _Job:
             "epochs": self.epochs,
             "batch_size": self.images_per_batch,
             "normalisation": cast("Json", normalisation),
-            "maps": self.maps,
-            "pyramid_channels": self.pyramid_channels,
+            "maps": self.maps if self.detects else None,
+            "pyramid_channels": self.pyramid_channels if self.detects and self.head != "ssdlite" else None,
             "training": self.settings.model_dump(mode="json"),
         }
 
@@ -231,18 +234,29 @@ class _Job:
         }
         return {**self.facts(), "networks": prints, "masks": masked}
 
-    def made(self, network: nn.Module) -> tuple[nn.Module, str]:
-        """Returns the network with its new head, and what stands before the names of its parameters."""
+    def made(self, network: nn.Module) -> nn.Module:
+        """Returns the network with its new head."""
         _, height, width = self.source.input_shape
         count = len(self.source.class_names)
         if not self.detects:
-            return classifier(network, (height, width), count), ""
+            return classifier(network, (height, width), count)
         mean, std = self.normalisation or (None, None)
-        made = detector(
+        return detector(
             network, (height, width), count, head=cast("DetectorHead", self.head), maps=self.maps,
             pyramid_channels=self.pyramid_channels, mean=mean, std=std,
         )  # fmt: skip
-        return made, "backbone.body."
+
+    def places(self, network: nn.Module, model: nn.Module) -> dict[str, str]:
+        """Returns for each parameter of the network that ``model`` still has its name there."""
+        prefix = "backbone.body." if self.detects else ""
+        _, height, width = self.source.input_shape
+        head = None if self.detects else last_linear(network, (height, width))
+        found = {name for name, _ in model.named_parameters()}
+        return {
+            name: prefix + name
+            for name, _ in network.named_parameters()
+            if prefix + name in found and name.rpartition(".")[0] != head
+        }
 
     def batches(self, split: str, seed: int) -> Batches:
         if isinstance(self.source, DetectionSource):
@@ -303,10 +317,9 @@ def _trained(
 ) -> tuple[TransferRow, nn.Module]:
     began = time.perf_counter()
     with seeded(network, seed):
-        model, prefix = job.made(network)
-    masks = {prefix + key: mask for key, mask in job.masks.get(name, {}).items()}
-    own = dict(model.named_parameters())
-    masks = {key: mask for key, mask in masks.items() if key in own and own[key].shape == mask.shape}
+        model = job.made(network)
+    places = job.places(network, model)
+    masks = {places[key]: mask for key, mask in job.masks.get(name, {}).items() if key in places}
     loss: LossFunction = detection_loss if job.detects else cross_entropy
     logs: list[EpochLog] = fit(
         model,
@@ -322,11 +335,17 @@ def _trained(
     )
     losses = tuple(log.loss for log in logs)
     seconds = round(time.perf_counter() - began, 1)
-    return TransferRow(name, seed, job.measured(model), counted(model, prefix, masks), losses, seconds), model
+    return TransferRow(
+        name, seed, job.measured(model), counted(model, set(places.values()), masks), losses, seconds
+    ), model
 
 
-def counted(model: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns how many parameters are not masked: in the network's convolutions, in the network, and in all."""
+def counted(model: nn.Module, network: set[str], masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns how many parameters are not masked: in the convolutions of the network, in the network, and in all.
+
+    Args:
+        network: the parameters that are not those of the new head.
+    """
     convolutions = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
     }
@@ -334,7 +353,7 @@ def counted(model: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> dict[
         name: int(masks[name].sum()) if name in masks else parameter.numel()
         for name, parameter in model.named_parameters()
     }
-    inside = {name: count for name, count in counts.items() if name.startswith(prefix)}
+    inside = {name: count for name, count in counts.items() if name in network}
     return {
         "convolutions": sum(count for name, count in inside.items() if name in convolutions),
         "network": sum(inside.values()),
@@ -342,9 +361,9 @@ def counted(model: nn.Module, prefix: str, masks: Mapping[str, Tensor]) -> dict[
     }
 
 
-def _head(head: Head | None, source: DataSource | DetectionSource) -> Head:
+def _head(head: str | None, source: DataSource | DetectionSource) -> Head:
     detects = isinstance(source, DetectionSource)
-    chosen: Head = head or ("retinanet" if detects else "classifier")
+    chosen = cast("Head", head or ("retinanet" if detects else "classifier"))
     if chosen not in get_args(Head) or (chosen != "classifier") != detects:
         expected = ", ".join(own for own in HEADS if own != "classifier") if detects else "classifier"
         raise ConfigError(

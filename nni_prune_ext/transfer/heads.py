@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +38,31 @@ def classifier(model: nn.Module, image_size: tuple[int, int], num_classes: int) 
         ModelError: the last layer is not linear, or the network does not run on images of this size.
     """
     copied = copy.deepcopy(model)
+    name = last_linear(copied, image_size)
+    last = cast("nn.Linear", copied.get_submodule(name))
+    new = nn.Linear(last.in_features, num_classes, bias=last.bias is not None).to(last.weight)
+    if not name:
+        return new
+    parent, _, own_name = name.rpartition(".")
+    setattr(copied.get_submodule(parent), own_name, new)
+    return copied
+
+
+def last_linear(model: nn.Module, image_size: tuple[int, int]) -> str:
+    """Returns the name of the linear layer whose outputs are the logits.
+
+    Raises:
+        ModelError: the last layer is not linear, or the network does not run on images of this size.
+    """
     seen: list[tuple[str, nn.Linear]] = []
     handles = [
         module.register_forward_hook(lambda own, _args, _output, name=name: seen.append((name, own)))
-        for name, module in copied.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
     try:
-        with untouched(copied), torch.no_grad():
-            output = _run(copied, image_size)
+        with untouched(model), torch.no_grad():
+            output = _run(model, image_size)
     finally:
         for handle in handles:
             handle.remove()
@@ -55,13 +71,7 @@ def classifier(model: nn.Module, image_size: tuple[int, int], num_classes: int) 
             f"{type(model).__name__} does not end in a linear layer, expected one whose outputs are the logits. "
             "Replace the last layer yourself, and train with `fit`."
         )
-    name, last = seen[-1]
-    parent, _, own_name = name.rpartition(".")
-    new = nn.Linear(last.in_features, num_classes, bias=last.bias is not None).to(last.weight)
-    if not name:
-        return new
-    setattr(copied.get_submodule(parent), own_name, new)
-    return copied
+    return seen[-1][0]
 
 
 def detector(

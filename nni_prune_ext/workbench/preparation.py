@@ -262,9 +262,20 @@ def device_of(recipe: Recipe) -> torch.device:
     Raises:
         RecipeError: a GPU is asked for and there is none.
     """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
+    return device_called(recipe.device)
+
+
+def device_called(name: str) -> torch.device:
+    """Returns where this process computes, for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        RecipeError: it is called otherwise, or a GPU is asked for and there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"device is '{name}', expected auto, cpu or cuda. Choose one of them.")
+    if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device is 'cuda', but torch sees no GPU here, expected one. Set device to cpu or auto.")
-    cuda = recipe.device != "cpu" and torch.cuda.is_available()
+    cuda = name != "cpu" and torch.cuda.is_available()
     return own_device(torch.device("cuda" if cuda else "cpu"))
 
 
