@@ -56,6 +56,15 @@ _PUBLIC = {
     "prune": "pipeline",
     "feature_backbone": "transfer",
     "FeatureBackbone": "transfer",
+    "TransferReport": "transfer",
+    "TransferRow": "transfer",
+    "transfer_networks": "transfer",
+    "detector": "transfer",
+    "classifier": "transfer",
+    "DetectionSource": "data.detection",
+    "open_detection": "data.detection",
+    "JointLoss": "methods.trained_decoder",
+    "joint_loss": "methods.trained_decoder",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
     "Checkpoints": "checkpoints",
@@ -82,6 +91,7 @@ if TYPE_CHECKING:
     from nni_prune_ext.checkpoints import Checkpoints
     from nni_prune_ext.costs import Costs, count_costs
     from nni_prune_ext.data.batches import BatchLoader, split_batches
+    from nni_prune_ext.data.detection import DetectionSource, open_detection
     from nni_prune_ext.data.image_arrays import DataSource
     from nni_prune_ext.data.loaders import Loaders
     from nni_prune_ext.data.sources import open_data
@@ -91,6 +101,7 @@ if TYPE_CHECKING:
     from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
     from nni_prune_ext.methods.base import MethodSpec, Outcome, Phase, PruningMethod
     from nni_prune_ext.methods.options import search_space
+    from nni_prune_ext.methods.trained_decoder import JointLoss, joint_loss
     from nni_prune_ext.models.loading import build_model, load_weights, save_weights
     from nni_prune_ext.pipeline import PruneResult, prune
     from nni_prune_ext.plan import PruningPlan, plan_from_channels, plan_from_masks, plan_to_masks
@@ -109,7 +120,15 @@ if TYPE_CHECKING:
         fit,
         recalibrate_batchnorm,
     )
-    from nni_prune_ext.transfer import FeatureBackbone, feature_backbone
+    from nni_prune_ext.transfer import (
+        FeatureBackbone,
+        TransferReport,
+        TransferRow,
+        classifier,
+        detector,
+        feature_backbone,
+        transfer_networks,
+    )
     from nni_prune_ext.workbench import RunResult, execute
 
 

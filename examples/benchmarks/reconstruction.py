@@ -42,7 +42,7 @@ from nni_prune_ext.surgery import cut_channels
 from nni_prune_ext.text_files import write_text
 from nni_prune_ext.torch_pruning import CertifiedPruner
 from nni_prune_ext.training import EpochLog, TrainingSettings, Watcher
-from nni_prune_ext.transfer import transfer
+from nni_prune_ext.transfer import transfer_networks
 
 HERE = Path(__file__).resolve().parent
 ROUNDS: Mapping[str, Mapping[str, object]] = {
@@ -235,7 +235,7 @@ class Bench:
             optimizer="adamw", learning_rate=task.learning_rate, weight_decay=0.01, warmup_epochs=0.5,
             max_gradient_norm=10.0, **TRAINING,
         )  # fmt: skip
-        report = transfer(
+        report = transfer_networks(
             {cell.arm: own.model}, self.second(cell.task), epochs=task.epochs, seeds=[cell.seed], settings=settings,
             batch_size=task.batch_size, normalisation=(self.plan.mean, self.plan.std),
             pyramid_channels=64, weight_masks={cell.arm: own.masks}, folder=self.work / cell.key.replace(" ", "_"),

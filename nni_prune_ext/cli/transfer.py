@@ -75,7 +75,7 @@ def transfer(
     from nni_prune_ext.cli.progress import progress_watcher
     from nni_prune_ext.training import checked_settings
     from nni_prune_ext.training.processes import is_main
-    from nni_prune_ext.transfer.comparison import transfer as run
+    from nni_prune_ext.transfer.comparison import transfer_networks
     from nni_prune_ext.transfer.folders import (
         check_folder,
         clear_folder,
@@ -100,7 +100,7 @@ def transfer(
     with locked(out), progress_watcher(json) if is_main() else nullcontext(None) as watcher:
         if overwrite:
             clear_folder(out)
-        report = run(
+        report = transfer_networks(
             {name: own.model.to(place) for name, own in found.items()},
             source,
             head=head,

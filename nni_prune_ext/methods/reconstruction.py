@@ -248,10 +248,11 @@ class Reconstruction(PruningMethod):
         """Keeps a picture of a few training images and what the decoder makes of them now."""
         if self.decoder is None or self.reading is None:
             return
+        batch = context.batches(1)[0]  # hosts get it by training
         taking_off = self.reading.attach(context.model)
         try:
             with untouched(context.model), torch.no_grad():
-                context.task_loss(context.batches(1)[0])
+                context.task_loss(batch)
                 _, image, rebuilt = reconstruction_error(self.decoder, self.reading)
         finally:
             for take_off in taking_off:

@@ -1,8 +1,9 @@
 """A pruned network on another task: as the backbone of a detector, or as a classifier of other classes; compared."""
 
 from nni_prune_ext.transfer.backbones import FeatureBackbone, feature_backbone
-from nni_prune_ext.transfer.comparison import TransferReport, TransferRow, transfer
+from nni_prune_ext.transfer.comparison import transfer_networks
 from nni_prune_ext.transfer.heads import HEADS, classifier, detector
+from nni_prune_ext.transfer.results import TransferReport, TransferRow
 
 __all__ = [
     "HEADS",
@@ -12,5 +13,5 @@ __all__ = [
     "classifier",
     "detector",
     "feature_backbone",
-    "transfer",
+    "transfer_networks",
 ]

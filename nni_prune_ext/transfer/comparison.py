@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -18,9 +16,8 @@ from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
 from nni_prune_ext.data.batches import split_batches
 from nni_prune_ext.data.detection import DetectionBatches, DetectionSource
 from nni_prune_ext.data.image_arrays import DataSource
-from nni_prune_ext.errors import ConfigError, OutputError
+from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.models.weights import save_weights
-from nni_prune_ext.text_files import write_text
 from nni_prune_ext.training import (
     Batches,
     EpochLog,
@@ -34,91 +31,13 @@ from nni_prune_ext.training import (
 )
 from nni_prune_ext.transfer.average_precision import average_precision, detection_metric
 from nni_prune_ext.transfer.heads import HEADS, DetectorHead, Head, classifier, detector, last_linear
+from nni_prune_ext.transfer.results import REPORT, TransferReport, TransferRow
 
-REPORT = "transfer.json"
-FORMAT = 1
 _BATCH_SIZES = {"classifier": 32}
 _DETECTION_BATCH = 8
 
 
-@dataclass(frozen=True)
-class TransferRow:
-    """One network, trained with one seed.
-
-    Attributes:
-        metrics: on the test split after the last epoch, 0–1; the first one is what is compared.
-        parameters: that are not masked, in the convolutions of the network, in the network as far as it is used, and
-            in all with the new head.
-        losses: mean loss of every epoch.
-    """
-
-    network: str
-    seed: int
-    metrics: Mapping[str, float]
-    parameters: Mapping[str, int]
-    losses: tuple[float, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TransferReport:
-    """All rows, and what they were trained on.
-
-    Attributes:
-        metric: name of what is compared.
-        facts: data, head and training, for the reader.
-    """
-
-    rows: tuple[TransferRow, ...]
-    metric: str
-    facts: Mapping[str, object]
-
-    def scores(self, network: str) -> dict[int, float]:
-        """Returns seed → the metric of a network."""
-        return {row.seed: row.metrics[self.metric] for row in self.rows if row.network == network}
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """Returns the names, in the order given; the first one is the reference."""
-        return tuple(dict.fromkeys(row.network for row in self.rows))
-
-    def differences(self, network: str, reference: str) -> tuple[float, float | None, int]:
-        """Returns mean and standard deviation of the paired differences to a reference over common seeds, and how many.
-
-        The deviation is that of the sample, ``None`` for a single pair.
-        """
-        own, other = self.scores(network), self.scores(reference)
-        found = [own[seed] - other[seed] for seed in own if seed in other]
-        if not found:
-            return float("nan"), None, 0
-        return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
-
-    def save(self, path: Path) -> None:
-        """Writes it as JSON, atomically."""
-        write_text(path, json.dumps({"format": FORMAT, **self.to_json()}, indent=1) + "\n")
-
-    def to_json(self) -> dict[str, object]:
-        """Returns it as JSON-ready values."""
-        return {"metric": self.metric, "facts": dict(self.facts), "rows": [asdict(row) for row in self.rows]}
-
-    @classmethod
-    def load(cls, path: Path) -> TransferReport:
-        """Reads what ``save`` wrote.
-
-        Raises:
-            OutputError: it cannot be read.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows = tuple(TransferRow(**{**own, "losses": tuple(own["losses"])}) for own in content["rows"])
-            return cls(rows, content["metric"], content["facts"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(
-                f"'{path}' cannot be read ({error}), expected what `transfer` wrote. Start anew with --overwrite."
-            ) from error
-
-
-def transfer(
+def transfer_networks(
     networks: Mapping[str, nn.Module],
     source: DataSource | DetectionSource,
     *,

@@ -1,4 +1,4 @@
-"""Networks of artefact folders, and the folder of a comparison: what the command line needs around ``transfer``."""
+"""Networks of artefact folders, and the folder of a comparison: what the command line needs around a transfer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nni_prune_ext.export.manifest import checked_manifest
 from nni_prune_ext.models.loading import build_model, load_weights
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import cut_channels
-from nni_prune_ext.transfer.comparison import REPORT
+from nni_prune_ext.transfer.results import REPORT
 
 STATE = "state"
 RANDOM = "random weights"

@@ -11,7 +11,7 @@ from nni_prune_ext.report import number_text
 from nni_prune_ext.report.page import sections_page
 from nni_prune_ext.report.page_parts import Cell, Column, Group, Section, Table, pairs
 from nni_prune_ext.text_files import write_text
-from nni_prune_ext.transfer.comparison import TransferReport
+from nni_prune_ext.transfer.results import TransferReport
 
 
 def write_page(path: Path, report: TransferReport) -> None:
