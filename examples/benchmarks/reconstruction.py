@@ -81,7 +81,7 @@ class Plan:
     tune_epochs: int = 0
 
 
-ALL = ("l1", "tp_group_norm", "tp_taylor", *ROUNDS, "random_weights")
+ALL = (*ROUNDS, "l1", "random_weights", "tp_taylor", "tp_group_norm")
 """All arms that remove channels, in the order in which they are run."""
 
 
@@ -98,11 +98,11 @@ SHORT: Mapping[str, object] = {
 NARROW = {"feature_maps": "features.1,features.3,features.6,features.13,features.17"}
 """The feature maps of MobileNetV2 without its last layer of 1,280 channels, which would make a decoder of 60 M."""
 PUBLISHED: Mapping[str, object] = {"rounds": 8, "round_epochs": 10, "decoder_epochs": 50, "criterion": "taylor"}
-FEW = ("l1", *ROUNDS)
+FEW = (*ROUNDS, "l1")
 PLANS: Mapping[str, Plan] = {
     "mobilenet_v2": Plan(
         "torchvision:mobilenet_v2", 128, 800, 0.002, *ODD, crossed({"macs=0.5": ALL, "macs=0.25": FEW}),
-        {**SHORT, **NARROW}, {"bccd": Task(8, 8, 2e-3, (240, 320)), "flowers": Task(3, 32, 1e-3, (96, 96))},
+        {**SHORT, **NARROW}, {"bccd": Task(8, 4, 1e-3, (240, 320)), "flowers": Task(3, 32, 1e-3, (96, 96))},
     ),
     "resnet20": Plan(
         "resnet20", 32, 5_000, 0.02, *IMAGENET, crossed({"macs=0.5": ALL, "macs=0.25": FEW}), SHORT,
@@ -114,7 +114,7 @@ PLANS: Mapping[str, Plan] = {
     ),
     "mobilenet_v2-full": Plan(
         "torchvision:mobilenet_v2", 224, 800, 0.002, *ODD, crossed({"macs=0.5": ALL, "macs=0.25": ALL}), PUBLISHED,
-        {"bccd": Task(60, 8, 2e-3, (480, 640)), "flowers": Task(30, 32, 1e-3, (128, 128))}, seeds=5,
+        {"bccd": Task(60, 4, 1e-3, (480, 640)), "flowers": Task(30, 32, 1e-3, (128, 128))}, seeds=5,
     ),
     "resnet20-full": Plan(
         "resnet20", 32, 45_000, 0.02, *IMAGENET, crossed({"macs=0.5": ALL, "macs=0.25": ALL}), PUBLISHED,
@@ -137,7 +137,8 @@ def main() -> None:
         return
     out = results / f"reconstruction_{options.plan.replace('-', '_')}.jsonl"
     bench = Bench(options)
-    for seed in range(PLANS[options.plan].seeds) if options.seed is None else [options.seed]:
+    seeds = range(PLANS[options.plan].seeds) if options.seed is None else [options.seed]
+    for seed in seeds:
         for target, arm in PLANS[options.plan].cells:
             for task in ("ticket", *PLANS[options.plan].tasks):
                 run_cell(bench, Cell(task, target, arm, seed), out, options.only)
@@ -260,19 +261,20 @@ class Bench:
             fresh = npe.build_model(self.plan.model, num_classes=len(self.source.class_names)).to(self.options.device)
             assert own.plan is not None
             return Ticket(cut_channels(fresh.eval(), own.plan, self.example).model, own.plan, {}, {})
-        file = self.work / f"ticket_{cell.target}_{cell.arm}_{cell.seed}".replace("=", "-")
-        if not file.with_suffix(".json").exists():
+        file = self.work / f"ticket {cell.target} {cell.arm} {cell.seed}".replace(" ", "_").replace("=", "-")
+        described, weights = (file.with_name(f"{file.name}.{kind}") for kind in ("json", "safetensors"))
+        if not described.exists():
             result = self._pruned(cell)
             masks = dict(result.outcome.weight_masks or {}) if isinstance(result, PruneResult) else {}
             facts = dict(result.outcome.facts) if isinstance(result, PruneResult) else {}
             tensors = {f"model/{k}": v.contiguous().clone() for k, v in result.model.state_dict().items()}
             tensors |= {f"mask/{k}": v.to(torch.uint8) for k, v in masks.items()}
-            save_file(tensors, file.with_suffix(".safetensors"))
+            save_file(tensors, weights)
             content = {"plan": json.loads(result.plan.to_json()), "facts": facts}
-            write_text(file.with_suffix(".json"), json.dumps(content))
-        content = json.loads(file.with_suffix(".json").read_text())
+            write_text(described, json.dumps(content))
+        content = json.loads(described.read_text())
         plan = npe.PruningPlan.from_json(json.dumps(content["plan"]))
-        tensors = load_file(file.with_suffix(".safetensors"))
+        tensors = load_file(weights)
         model = cut_channels(self.dense, plan, self.example).model
         model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
         masks = {k.removeprefix("mask/"): v.bool() for k, v in tensors.items() if k.startswith("mask/")}

@@ -62,11 +62,13 @@ def last_linear(model: nn.Module, image_size: tuple[int, int]) -> str:
     ]
     try:
         with untouched(model), torch.no_grad():
-            output = _run(model, image_size)
+            image = torch.zeros(1, 3, *image_size, device=next(model.parameters()).device)
+            output = call_model(model, (image,))
     finally:
         for handle in handles:
             handle.remove()
-    if not seen or not isinstance(output, Tensor) or output.shape[-1] != seen[-1][1].out_features:
+    logits = output if isinstance(output, Tensor) and output.dim() == 2 else None
+    if not seen or logits is None or logits.shape[1] != seen[-1][1].out_features:
         raise ModelError(
             f"{type(model).__name__} does not end in a linear layer, expected one whose outputs are the logits. "
             "Replace the last layer yourself, and train with `fit`."
@@ -152,14 +154,3 @@ def _ssdlite(
     height, width = image_size
     made: nn.Module = SSD(backbone, boxes, (width, height), num_classes, head=head, **common)
     return made
-
-
-def _run(model: nn.Module, image_size: tuple[int, int]) -> object:
-    image = torch.zeros(1, 3, *image_size, device=next(model.parameters()).device)
-    try:
-        return call_model(model, (image,))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} does not run on images of 3 × {image_size[0]} × {image_size[1]} ({error}), "
-            "expected a network for such images. Choose another image size."
-        ) from error
