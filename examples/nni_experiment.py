@@ -54,6 +54,9 @@ def main() -> None:
             "search_epochs": (1, 1) if smoke else (2, 8),
             "tune_epochs": (0, 0),
             "epochs": (2, 2) if smoke else (4, 12),
+            "decoder_epochs": (1, 1) if smoke else (4, 12),
+            "rounds": (1, 1) if smoke else (2, 4),
+            "round_epochs": (1, 1) if smoke else (1, 3),
         }
         | ({} if smoke else {"steps": (1, 3)}),
     )

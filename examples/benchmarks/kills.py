@@ -32,6 +32,7 @@ METHODS["lottery_jackpots"] = [
     "options={search_epochs: 3, freeze_epochs: 2, tune_epochs: 3}",
 ]
 METHODS["psap"] = ["method=psap", "options={epochs: 6, soft_share: 0.7, probe_batches: 2}"]
+METHODS["reconstruction"] = ["method=reconstruction", "options={decoder_epochs: 3, rounds: 2, round_epochs: 2}"]
 PARTS = ("plan.json", "model.safetensors")
 
 

@@ -2,10 +2,11 @@
 
 Tickets of one network at one target differ in how their channels were chosen, and in nothing else: all have the first
 weights, cut, with statistics of norms measured anew. ``lambda10`` is the method, ``lambda0`` the same rounds without
-the reconstruction loss, ``l1`` and the two criteria of torch-pruning choose in one shot, ``random_weights`` has the
-architecture of ``lambda10`` and random weights. Every ticket is measured on its own task without training (images that
-pruning has not seen), its images are rebuilt by the frozen decoder, and it is trained on other tasks: flowers
-(classification) and blood cells (detection). Nothing is selected; the last epoch counts.
+the reconstruction loss, ``imp`` those without rewinding, ``l1`` and the two criteria of torch-pruning choose in one
+shot, ``random_weights`` has the architecture of ``lambda10`` and random weights. Every ticket is measured on its own
+task without training (images that pruning has not seen), its images are rebuilt by the frozen decoder, and it is
+trained on other tasks: flowers (classification) and blood cells (detection). Nothing is selected; the last epoch
+counts.
 
 Finished cells are kept in a file of JSON lines, tickets and unfinished cells in ``--work``, so that the script can be
 stopped and started again. ``--cost`` times the joint loss beside the task loss; ``--summary`` writes the tables.
@@ -48,6 +49,7 @@ HERE = Path(__file__).resolve().parent
 ROUNDS: Mapping[str, Mapping[str, object]] = {
     "lambda0": {"reconstruction_weight": 0},
     "lambda10": {"reconstruction_weight": 10},
+    "imp": {"reconstruction_weight": 0, "rewind": False},
 }
 """Arms that are rounds of the method → options."""
 TRAINING = {"precision": "bf16", "channels_last": True, "select_best": False}
@@ -81,8 +83,9 @@ class Plan:
     tune_epochs: int = 0
 
 
-ALL = (*ROUNDS, "l1", "random_weights", "tp_taylor", "tp_group_norm")
-"""All arms that remove channels, in the order in which they are run."""
+MANY = ("lambda0", "lambda10", "l1", "random_weights", "tp_taylor", "tp_group_norm")
+ALL = (*MANY, "imp", "random")
+"""All arms that remove channels, in the order in which they are run; ``random`` keeps random channels."""
 
 
 def crossed(targets: Mapping[str, tuple[str, ...]]) -> tuple[tuple[str, str], ...]:
@@ -98,18 +101,18 @@ SHORT: Mapping[str, object] = {
 NARROW = {"feature_maps": "features.1,features.3,features.6,features.13,features.17"}
 """The feature maps of MobileNetV2 without its last layer of 1,280 channels, which would make a decoder of 60 M."""
 PUBLISHED: Mapping[str, object] = {"rounds": 8, "round_epochs": 10, "decoder_epochs": 50, "criterion": "taylor"}
-FEW = (*ROUNDS, "l1")
+FEW = ("lambda0", "lambda10", "l1")
 PLANS: Mapping[str, Plan] = {
     "mobilenet_v2": Plan(
-        "torchvision:mobilenet_v2", 128, 800, 0.002, *ODD, crossed({"macs=0.5": ALL, "macs=0.25": FEW}),
+        "torchvision:mobilenet_v2", 128, 800, 0.002, *ODD, crossed({"macs=0.5": MANY, "macs=0.25": FEW}),
         {**SHORT, **NARROW}, {"bccd": Task(8, 4, 1e-3, (240, 320)), "flowers": Task(3, 32, 1e-3, (96, 96))},
     ),
     "resnet20": Plan(
-        "resnet20", 32, 5_000, 0.02, *IMAGENET, crossed({"macs=0.5": ALL, "macs=0.25": FEW}), SHORT,
+        "resnet20", 32, 5_000, 0.02, *IMAGENET, crossed({"macs=0.5": MANY, "macs=0.25": FEW}), SHORT,
         {"flowers": Task(4, 32, 1e-3, (48, 48))}, tune_epochs=2,
     ),
     "weights": Plan(
-        "resnet20", 32, 5_000, 0.02, *IMAGENET, crossed({"sparsity=0.7903": (*ROUNDS,)}),
+        "resnet20", 32, 5_000, 0.02, *IMAGENET, crossed({"sparsity=0.7903": ("lambda0", "lambda10")}),
         {**SHORT, "rounds": 7, "round_epochs": 1}, {"flowers": Task(4, 32, 1e-3, (48, 48))}, tune_epochs=2,
     ),
     "mobilenet_v2-full": Plan(
