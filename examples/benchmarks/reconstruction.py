@@ -83,8 +83,8 @@ class Plan:
     tune_epochs: int = 0
 
 
-MANY = ("lambda0", "lambda10", "l1", "random_weights", "tp_taylor", "tp_group_norm")
-ALL = (*MANY, "imp", "random")
+MANY = ("lambda0", "lambda10", "l1", "random_weights", "tp_taylor")
+ALL = (*MANY, "tp_group_norm", "imp", "random")
 """All arms that remove channels, in the order in which they are run; ``random`` keeps random channels."""
 
 
@@ -101,7 +101,7 @@ SHORT: Mapping[str, object] = {
 NARROW = {"feature_maps": "features.1,features.3,features.6,features.13,features.17"}
 """The feature maps of MobileNetV2 without its last layer of 1,280 channels, which would make a decoder of 60 M."""
 PUBLISHED: Mapping[str, object] = {"rounds": 8, "round_epochs": 10, "decoder_epochs": 50, "criterion": "taylor"}
-FEW = ("lambda0", "lambda10", "l1")
+FEW = ("lambda0", "lambda10")
 PLANS: Mapping[str, Plan] = {
     "mobilenet_v2": Plan(
         "torchvision:mobilenet_v2", 128, 800, 0.002, *ODD, crossed({"macs=0.5": MANY, "macs=0.25": FEW}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -92,6 +92,7 @@ def detector(
     Anchors follow the strides of the feature maps: RetinaNet's are 4 strides wide, times 1, 1.26 and 1.59 (Lin et al.,
     "Focal Loss for Dense Object Detection", 2017, section 4), those of Faster R-CNN 8 strides; SSDLite's boxes go from
     a tenth to nine tenths of the image. RetinaNet and Faster R-CNN read a feature pyramid, SSDLite the maps themselves.
+    Where two networks differ in width, parts of the head that do not still get the same random numbers.
 
     Args:
         image_size: (H, W) of the images to come; the detector scales nothing.
@@ -110,28 +111,48 @@ def detector(
             f"head is '{head}' with num_classes {num_classes}, expected one of {', '.join(get_args(DetectorHead))} and "
             "at least 1."
         )
-    width = None if head == "ssdlite" else pyramid_channels
+    width, seed = None if head == "ssdlite" else pyramid_channels, int(torch.randint(2**31, ()))
     example = torch.zeros(1, 3, *image_size, device=next(model.parameters()).device)
     backbone = feature_backbone(model, example, maps=maps, pyramid_channels=width)
     common: dict[str, Any] = {"image_mean": list(mean) if mean else None, "image_std": list(std) if std else None}
     if head == "ssdlite":
-        return _ssdlite(backbone, image_size, num_classes + 1, common).to(example.device)
+        made = _ssdlite(backbone, image_size, num_classes + 1, common)
+        _draw(cast("nn.Module", made.head), seed, partial(nn.init.normal_, std=0.03))
+        return made.to(example.device)
+    _draw(cast("nn.Module", backbone.pyramid), seed, partial(nn.init.kaiming_uniform_, a=1))
     common |= {"min_size": min(image_size), "max_size": max(image_size)}
     strides = _strides(backbone, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        made = _with_pyramid(head, backbone, strides, num_classes + 1, common)
+    return made.to(example.device)
+
+
+def _with_pyramid(
+    head: DetectorHead, backbone: FeatureBackbone, strides: list[int], num_classes: int, common: dict[str, Any]
+) -> nn.Module:
     made: nn.Module
     if head == "retinanet":
         sizes = tuple(tuple(round(4 * stride * 2 ** (k / 3), 2) for k in range(3)) for stride in strides)
-        made = RetinaNet(backbone, num_classes + 1, anchor_generator=_anchors(sizes), **common)
+        made = RetinaNet(backbone, num_classes, anchor_generator=_anchors(sizes), **common)
     else:
         names = [str(number) for number in range(len(backbone.maps))]
         made = FasterRCNN(
             backbone,
-            num_classes + 1,
+            num_classes,
             rpn_anchor_generator=_anchors(tuple((8 * stride,) for stride in strides)),
             box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
             **common,
         )
-    return made.to(example.device)
+    return made
+
+
+def _draw(module: nn.Module, seed: int, draw: Callable[[Tensor], Tensor]) -> None:
+    """Draws every convolution's weights by its place: whatever the widths of the others, the numbers are the same."""
+    with torch.random.fork_rng(devices=[]):
+        for number, own in enumerate(own for own in module.modules() if isinstance(own, nn.Conv2d)):
+            torch.default_generator.manual_seed(seed + number)
+            draw(own.weight)
 
 
 def _strides(backbone: FeatureBackbone, image_size: tuple[int, int]) -> list[int]:
