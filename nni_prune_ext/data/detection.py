@@ -56,7 +56,7 @@ class DetectionSource:
         name: what reports call it.
         class_names: of the labels 1, 2, and so on.
         input_shape: (3, H, W) of every image.
-        dropped: boxes without an area, which were left out.
+        dropped: boxes thinner than half a pixel, which were left out.
     """
 
     name: str
@@ -82,7 +82,8 @@ def open_detection(
       ``images/`` or in ``FOLDER`` itself.
 
     Splits are those of the folder. Where there is no test list, ``val`` becomes the TEST set and a tenth of the
-    training images validates; where there is only one list, or none, all images are divided 70/10/20.
+    training images validates; where there is only a train list, or none, all images are divided 70/10/20. Corners are
+    taken as they are: those of the first PASCAL VOC sets count from 1.
 
     Args:
         image_size: (H, W); an image of another size is scaled to fit, and padded with black at the right or the bottom.
@@ -109,6 +110,12 @@ def open_detection(
     sizes = {file.size for file in everything}
     size = image_size or (sizes.pop() if len(sizes) == 1 else DEFAULT_DETECTION_SIZE)
     kept = {split: _limited(files, limit, seed) for split, files in divided.items()}
+    for split in ("train", "test"):
+        if not any(not hard for file in kept[split] for hard in file.ignored):
+            raise DataError(
+                f"The {len(kept[split])} images of the {split} split of '{root}' show no object to be found, expected "
+                "one at least. Check annotations and lists."
+            )
     made = {split: _decoded(files, size) for split, files in kept.items()}
     dropped = sum(file.dropped for files in kept.values() for file in files)
     return DetectionSource(
@@ -173,6 +180,8 @@ def _divided(lists: dict[str, list[BoxFile]], seed: int) -> dict[str, list[BoxFi
     train, val, test = (lists.get(split, []) for split in ("train", "val", "test"))
     if train and val and test:
         return {"train": train, "val": val, "test": test}
+    if (val or test) and not train:
+        raise DataError("There is a list of validation or test images but none to train on, expected train. Add it.")
     if train and (val or test):
         order = _order(len(train), seed)
         count = max(len(train) // 10, 1)
@@ -204,7 +213,7 @@ def _decoded(files: Sequence[BoxFile], size: tuple[int, int]) -> DetectionImages
 
     def decode(number: int) -> None:
         file, scale = files[number], scales[number]
-        inner = (min(round(file.size[1] * scale), width), min(round(file.size[0] * scale), height))
+        inner = (min(max(round(file.size[1] * scale), 1), width), min(max(round(file.size[0] * scale), 1), height))
         try:
             with Image.open(file.path) as opened:
                 image = opened.convert("RGB")

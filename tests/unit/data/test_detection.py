@@ -154,6 +154,25 @@ def test_boxes_are_cut_to_the_image_and_those_without_an_area_are_counted(tmp_pa
     assert 2 == source.dropped
 
 
+def test_a_box_that_training_would_choke_on_is_left_out(tmp_path: Path) -> None:
+    boxes: Boxes = [("cat", (2, 1, 12, 9), 0), ("cat", (5, 5, 5 + 1e-7, 9), 0), ("cat", (0, 0, 0.2, 5), 0)]
+    root = coco(tmp_path, {"train": {"a": boxes, "b": boxes}, "val": {"c": boxes}})
+
+    source = open_detection(f"coco:{root}", image_size=(320, 320))
+
+    assert 6 == source.dropped
+    for own in source.train.objects:
+        for boxes_ in (own.boxes, mirrored_boxes(own.boxes, 320)):
+            assert bool((boxes_[:, 2:] > boxes_[:, :2]).all())
+
+
+def test_a_long_thin_image_keeps_a_pixel(tmp_path: Path) -> None:
+    root = three(tmp_path / "v")
+    picture(root / "JPEGImages" / "b.jpg", (1, 2000))
+
+    assert (3, 32, 32) == open_detection(f"voc:{root}", image_size=(32, 32)).input_shape
+
+
 def images_of(count: int) -> DetectionImages:
     pixels = torch.arange(30, dtype=torch.uint8).expand(count, 3, 20, 30).contiguous()
     boxes = torch.tensor([[2.0, 1.0, 12.0, 9.0], [0.0, 0.0, 5.0, 5.0]])
@@ -204,6 +223,13 @@ def test_mirroring_twice_changes_nothing() -> None:
     assert torch.allclose(mirrored_boxes(mirrored_boxes(boxes, 30), 30), boxes, atol=1e-5)
 
 
+def stated(place: Path, width: int, height: int) -> None:
+    text = place.read_text().replace(
+        "<annotation>", f"<annotation><size><width>{width}</width><height>{height}</height></size>"
+    )
+    place.write_text(text)
+
+
 def three(root: Path) -> Path:
     return voc(root, {"a": ONE, "b": ONE, "c": ONE}, {"train": ["a"], "val": ["b"], "test": ["c"]})
 
@@ -219,6 +245,42 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "has no bndbox",
     ),
     "no name": (lambda root: (root / "Annotations" / "a.xml").write_text("<a><object/></a>"), "has no name"),
+    "an encoding that is none": (
+        lambda root: (root / "Annotations" / "a.xml").write_text("<?xml version='1.0' encoding='x-klingon'?><a/>"),
+        "a.xml' cannot be read",
+    ),
+    "another size than the file's": (
+        lambda root: stated(root / "Annotations" / "a.xml", 300, 200),
+        "has 20 × 30 pixels, expected 200 × 300 as its annotation says",
+    ),
+    "a corner that is no number": (
+        lambda root: (root / "Annotations" / "a.xml").write_text(
+            "<a><object><name>cat</name><bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>2</xmax><ymax>3</ymax></bndbox>"
+            "</object></a>"
+        ),
+        "expected finite numbers",
+    ),
+    "no object to learn": (
+        lambda root: (root / "Annotations" / "a.xml").write_text("<a/>"),
+        "train split of .* show no object",
+    ),
+    "no object to find": (
+        lambda root: (root / "Annotations" / "c.xml").write_text("<a/>"),
+        "test split of .* show no object",
+    ),
+    "an image in two lists": (
+        lambda root: (root / "ImageSets" / "Main" / "test.txt").write_text("a\n"),
+        "lists the image 'a' twice",
+    ),
+    "a name with a folder": (
+        lambda root: (root / "ImageSets" / "Main" / "test.txt").write_text("../../c\n"),
+        "names without folders",
+    ),
+    "a list that is no text": (
+        lambda root: (root / "ImageSets" / "Main" / "test.txt").write_bytes(b"\xff\xfe"),
+        "expected UTF-8 text",
+    ),
+    "no list to train on": (lambda root: (root / "ImageSets" / "Main" / "train.txt").unlink(), "none to train on"),
     "no number": (
         lambda root: (root / "Annotations" / "a.xml").write_text(
             "<a><object><name>cat</name><bndbox><xmin>x</xmin><ymin>1</ymin><xmax>2</xmax><ymax>3</ymax></bndbox></object></a>"
@@ -253,6 +315,33 @@ BROKEN_COCO: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: changed(root, lambda content: content["annotations"][0].update(category_id=99)),
         "incomplete",
     ),
+    "a class without a name": (
+        lambda root: changed(root, lambda content: content["categories"][0].pop("name")),
+        "incompl",
+    ),
+    "classes that are words": (
+        lambda root: changed(root, lambda content: content.update(categories=["cat"])),
+        "incompl",
+    ),
+    "two classes of one name": (
+        lambda root: changed(root, lambda content: content["categories"][0].update(name="cat")),
+        "two categories of one name",
+    ),
+    "two images of one id": (
+        lambda root: changed(root, lambda content: content["images"][1].update(id=1)),
+        "two images with the id 1",
+    ),
+    "a file outside": (
+        lambda root: (
+            picture(root.parent / "secret.png"),
+            changed(root, lambda content: content["images"][0].update(file_name="../../secret.png")),
+        ),
+        "expected a file in",
+    ),
+    "another size than the file's": (
+        lambda root: changed(root, lambda content: content["images"][0].update(width=300, height=200)),
+        "has 20 × 30 pixels, expected 200 × 300",
+    ),
     "other classes": (
         lambda root: changed(root, lambda content: content["categories"].append({"id": 9, "name": "cow"})),
         "has the classes",
@@ -268,7 +357,7 @@ BROKEN_COCO: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", BROKEN_COCO)
 def test_a_damaged_coco_folder_is_named(case: str, tmp_path: Path) -> None:
-    root = coco(tmp_path, {"train": {"a": ONE, "b": ONE}, "val": {"c": ONE}})
+    root = coco(tmp_path / "c", {"train": {"a": ONE, "b": ONE}, "val": {"c": ONE}})
     if case == "two lists":
         for name in ("a", "b"):
             picture(root / "train2014" / f"{name}.png")
