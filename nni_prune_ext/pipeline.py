@@ -49,6 +49,7 @@ from nni_prune_ext.training import (
     distilled,
     drive,
     fit,
+    loss_identity,
     recalibrate_batchnorm,
 )
 from nni_prune_ext.training.processes import own_device, share_weights, world_size
@@ -247,7 +248,7 @@ class _Job:
             "training": self.settings.model_dump(mode="json"),
             "recovery_epochs": self.recover_epochs,
             "distillation": None if self.distillation is None else self.distillation.model_dump(mode="json"),
-            "loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
+            "loss": loss_identity(self.loss),
             "processes": world_size(),
             "model": fingerprint(model),
         }

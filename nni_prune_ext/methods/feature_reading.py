@@ -95,6 +95,10 @@ class FeatureReading:
         self._image, self._seen = None, {}
         return image, {own.module: self._spread(own, seen[own.module]) for own in self.maps[1:]}
 
+    def forget(self) -> None:
+        """Drops what the last forward pass left."""
+        self._image, self._seen = None, {}
+
     def left(self, own: FeatureMap) -> Tensor:
         """Returns the places in the dense network of the channels that a feature map still has, ``(K,)``."""
         stays = np.ones(own.channels, dtype=bool)
@@ -105,8 +109,15 @@ class FeatureReading:
     def _spread(self, own: FeatureMap, features: Tensor) -> Tensor:
         if features.shape[1] == own.channels:
             return features
+        left = self.left(own)
+        if len(left) != features.shape[1]:
+            raise ConfigError(
+                f"'{own.module}' has {features.shape[1]} channels, expected {len(left)} of the dense network's "
+                f"{own.channels}: the network was cut where nobody told the reconstruction loss. Take what "
+                "loss.after_cut(removal.kept) returns for the compact network."
+            )
         wide = features.new_zeros(features.shape[0], own.channels, *features.shape[2:])
-        return wide.index_copy(1, self.left(own).to(features.device), features)
+        return wide.index_copy(1, left.to(features.device), features)
 
     def _note_image(self, module: nn.Module, args: tuple[object, ...], keywords: dict[str, object]) -> None:
         self._image = next(iter(images_in((args, keywords))), None)

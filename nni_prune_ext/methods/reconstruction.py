@@ -42,7 +42,13 @@ from nni_prune_ext.methods.base import Batch, JsonState, MethodContext, MethodSp
 from nni_prune_ext.methods.feature_reading import FeatureReading
 from nni_prune_ext.methods.reconstruction_decoder import Decoder
 from nni_prune_ext.methods.reconstruction_options import ReconstructionOptions
-from nni_prune_ext.methods.trained_decoder import TrainedDecoder, comparison_picture, decoder_of, reconstruction_error
+from nni_prune_ext.methods.trained_decoder import (
+    TrainedDecoder,
+    check_place,
+    comparison_picture,
+    decoder_of,
+    reconstruction_error,
+)
 from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.group_reduction import WEIGHT_ROLES
@@ -198,6 +204,8 @@ class Reconstruction(PruningMethod):
         self.first = {name: tensor.detach().clone() for name, tensor in context.model.state_dict().items()}
         if not self.options.reconstruction_weight:
             return
+        if self.options.decoder_to is not None:
+            check_place(Path(self.options.decoder_to))
         if self.options.decoder_from is not None:
             trained = TrainedDecoder.load(Path(self.options.decoder_from))
             trained.check_encoder(context.model, self.options.decoder_from)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Criterion = Literal["magnitude", "taylor"]
 
@@ -73,11 +73,13 @@ class ReconstructionOptions(BaseModel):
     )
     decoder_to: str | None = Field(
         default=None,
+        min_length=1,
         description="safetensors file to write the trained decoder to, for other runs and as part of other losses",
         json_schema_extra={"source": "ours"},
     )
     decoder_from: str | None = Field(
         default=None,
+        min_length=1,
         description="such a file: that decoder is taken, layers included, instead of training one",
         json_schema_extra={"source": "ours"},
     )
@@ -122,6 +124,15 @@ class ReconstructionOptions(BaseModel):
         description="leaves the single weights of the first convolution whole",
         json_schema_extra={"source": "code of Chen et al., arXiv:2012.06908, whose procedure the paper follows"},
     )
+
+    @model_validator(mode="after")
+    def _one_decoder(self) -> ReconstructionOptions:
+        files = [name for name in ("decoder_from", "decoder_to") if getattr(self, name) is not None]
+        if files and not self.reconstruction_weight:
+            raise ValueError(f"{files[0]} is given, but with reconstruction_weight 0 there is no decoder; leave it out")
+        if len(files) > 1:
+            raise ValueError("decoder_from and decoder_to are both given, expected one: a decoder is read or trained")
+        return self
 
     def share_gone(self, rounds: int) -> float:
         """Returns how much of the way to the target is made after so many rounds, 0–1."""

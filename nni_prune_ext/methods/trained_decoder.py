@@ -12,6 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +27,32 @@ from nni_prune_ext.methods.reconstruction_decoder import Decoder
 from nni_prune_ext.surgery import Kept
 
 _FORMAT = "nni_prune_ext decoder 1"
+
+
+class _Map(BaseModel):
+    """A feature map, as a file says."""
+
+    module: str
+    channels: int = Field(ge=1)
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+
+
+class _Settings(BaseModel):
+    """What a decoder was built with, as a file says."""
+
+    hints: int = Field(ge=0)
+    hint_share: float = Field(ge=0, le=1)
+    hint_stride: int = Field(ge=1)
+    blocks: int = Field(ge=0)
+
+
+class _Facts(BaseModel):
+    """The header of a file."""
+
+    maps: tuple[_Map, ...] = Field(min_length=2)
+    settings: _Settings
+    encoder: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +107,16 @@ class TrainedDecoder:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             if header.get("format") != _FORMAT:
                 raise ValueError(f"its format is {header.get('format')!r}, expected {_FORMAT!r}")
-            facts = json.loads(header["decoder"])
-            maps = tuple(FeatureMap(**own) for own in facts["maps"])
-            decoder = decoder_of(maps, facts["settings"])
+            facts = _Facts.model_validate_json(header["decoder"])
+            maps = tuple(FeatureMap(own.module, own.channels, own.height, own.width) for own in facts.maps)
+            decoder = decoder_of(maps, facts.settings.model_dump())
             decoder.load_state_dict(tensors)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise ArtefactError(
                 f"The decoder '{path}' cannot be read ({error}). Expected a file that the reconstruction method wrote "
                 "(option decoder_to). Train one, or mend the path."
             ) from error
-        return cls(decoder, maps, facts["encoder"])
+        return cls(decoder, maps, facts.encoder)
 
     def check_encoder(self, model: nn.Module, place: str) -> None:
         """Refuses another network than the one that the decoder was trained on.
@@ -102,6 +129,27 @@ class TrainedDecoder:
                 f"The decoder '{place}' was trained on another network or other weights than this "
                 f"{type(model).__name__}, expected the same. Train a decoder for it (option decoder_to)."
             )
+
+
+def check_place(path: Path) -> None:
+    """Refuses, before anything is trained, a place where no decoder can be written or something else lies.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or the file is not a decoder.
+    """
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise OutputError(
+            f"The decoder cannot be written to '{path}', expected a file name in an existing, writable folder. Choose "
+            "another place."
+        )
+    if path.exists():
+        try:
+            TrainedDecoder.load(path)
+        except ArtefactError as error:
+            raise OutputError(
+                f"'{path}' is not a decoder, expected a new file, or one of an earlier run, which is replaced. Choose "
+                "another place."
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +171,19 @@ class JointLoss:
         Raises:
             ConfigError: the task loss did not run the whole model on an image.
         """
+        self.decoder.to(next(model.parameters()).device)
         with ExitStack() as stack:
+            stack.callback(self.reading.forget)
             for take_off in self.reading.attach(model):
                 stack.callback(take_off)
             loss = self.task(model, batch)
-        return loss + self.weight * reconstruction_error(self.decoder, self.reading)[0]
+            return loss + self.weight * reconstruction_error(self.decoder, self.reading)[0]
+
+    @property
+    def identity(self) -> str:
+        """Returns what distinguishes it from other losses: a run is not continued with another one."""
+        task = getattr(self.task, "__qualname__", type(self.task).__qualname__)
+        return f"JointLoss(task={task}, weight={self.weight:g}, decoder={fingerprint(self.decoder)})"
 
     def after_cut(self, kept: Kept) -> JointLoss:
         """Returns the loss of the network that is left after a cut."""
@@ -136,14 +192,16 @@ class JointLoss:
         return replace(self, reading=reading)
 
 
+def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
 def joint_loss(
     model: nn.Module,
     example_inputs: ExampleInputs,
     decoder: Path | str,
     *,
-    task: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: functional.cross_entropy(
-        model(batch[0]), batch[1]
-    ),
+    task: Callable[[nn.Module, Batch], Tensor] = _cross_entropy,
     weight: float = 10.0,
 ) -> JointLoss:
     """Returns task loss + ``weight`` × reconstruction error, as the loss of any data-driven criterion or method.
@@ -173,19 +231,29 @@ def joint_loss(
 def decoder_of(maps: Sequence[FeatureMap], settings: Mapping[str, float]) -> Decoder:
     """Returns an untrained decoder with the ``settings`` of another one."""
     hints, stride, blocks = (int(settings[name]) for name in ("hints", "hint_stride", "blocks"))
-    return Decoder(maps, hints=hints, hint_share=settings["hint_share"], hint_stride=stride, blocks=blocks)
+    with torch.random.fork_rng(devices=[]):  # its weights are replaced
+        return Decoder(maps, hints=hints, hint_share=settings["hint_share"], hint_stride=stride, blocks=blocks)
 
 
 def reconstruction_error(decoder: Decoder, reading: FeatureReading) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the mean squared error of the last forward pass's image, the image, and the image rebuilt from its maps.
 
-    Computed in the decoder's precision, also where the network runs in bfloat16.
+    Under autocast the decoder runs in bfloat16, as the network does; the error is computed in the decoder's own dtype.
+
+    Raises:
+        ConfigError: the loss did not run the whole model on an image of the size that the decoder was made for.
     """
     image, features = reading.take()
+    expected = (reading.maps[0].channels, *reading.maps[0].size)
+    if tuple(image.shape[1:]) != expected:
+        raise ConfigError(
+            f"The loss ran the model on images {tuple(image.shape[1:])}, expected {expected} as the decoder was "
+            "trained on. Use images of this size, or train a decoder for the others."
+        )
     exact = decoder.last.weight.dtype
     rebuilt = decoder({name: own.to(exact) for name, own in features.items()}).to(exact)
     image = image.to(exact)
-    return functional.mse_loss(rebuilt, image), image, rebuilt
+    return (rebuilt - image).square().mean(), image, rebuilt
 
 
 def comparison_picture(image: Tensor, rebuilt: Tensor, *, most: int = 8) -> Tensor:

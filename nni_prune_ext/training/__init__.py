@@ -18,6 +18,7 @@ from nni_prune_ext.training.settings import (
     Watcher,
     checked_settings,
     cross_entropy,
+    loss_identity,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "distilled",
     "drive",
     "fit",
+    "loss_identity",
     "recalibrate_batchnorm",
     "seeded",
 ]

@@ -148,6 +148,12 @@ class Watcher:
         """Something happened that a person should know."""
 
 
+def loss_identity(loss: LossFunction) -> str:
+    """Returns what a loss is known by in a checkpoint: what it says itself (``identity``), or its name."""
+    own = getattr(loss, "identity", None)
+    return own if isinstance(own, str) else str(getattr(loss, "__qualname__", type(loss).__qualname__))
+
+
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Returns the classification loss of ``(images, labels)``, a scalar."""
     images, labels = batch

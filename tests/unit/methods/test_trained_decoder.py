@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import nni_prune_ext as npe
-from nni_prune_ext.errors import ArtefactError, ConfigError, OutputError
+from nni_prune_ext.errors import ArtefactError, CheckpointError, ConfigError, OutputError
 from nni_prune_ext.methods.trained_decoder import TrainedDecoder, comparison_picture, reconstruction_error
 from nni_prune_ext.training import Watcher
 
@@ -136,13 +138,83 @@ def test_what_is_no_decoder_is_refused(model: nn.Module, tmp_path: Path, decoder
             npe.joint_loss(model, EXAMPLE, place)
 
 
-def test_a_place_that_cannot_be_written_is_told(model: nn.Module, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(model: nn.Module, tmp_path: Path) -> None:
+    told = Phases()
+    (tmp_path / "mine.txt").write_text("a thesis")
+
     with pytest.raises(OutputError, match="cannot be written"):
-        tickets(model, decoder_to=str(tmp_path / "no" / "folder.safetensors"))
+        tickets(model, decoder_to=str(tmp_path / "no" / "folder.safetensors"), watcher=told)
+    with pytest.raises(OutputError, match="is not a decoder"):
+        tickets(model, decoder_to=str(tmp_path / "mine.txt"), watcher=told)
+
+    assert not told.seen
+    assert "a thesis" == (tmp_path / "mine.txt").read_text()
 
 
-def test_no_file_is_half_written(model: nn.Module, decoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_to": "a", "reconstruction_weight": 0}, "there is no decoder"),
+        ({"decoder_from": "a", "reconstruction_weight": 0}, "there is no decoder"),
+        ({"decoder_to": "a", "decoder_from": "b"}, "both given"),
+        ({"decoder_to": ""}, "decoder_to"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    model: nn.Module, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tickets(model, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts.pop("encoder"),
+        lambda facts: facts["settings"].update(hint_share="a"),
+        lambda facts: facts["settings"].update(hint_share=float("nan")),
+        lambda facts: facts["maps"][1].update(height=0, width=0),
+        lambda facts: facts["maps"].clear(),
+        lambda facts: facts["settings"].update(blocks=3),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(model: nn.Module, decoder: Path, tmp_path: Path, change: Any) -> None:
+    with safetensors.safe_open(decoder, framework="pt") as opened:
+        header = opened.metadata()
+    facts = json.loads(header["decoder"])
+    change(facts)
+    safetensors.torch.save_file(
+        safetensors.torch.load_file(decoder), tmp_path / "d", {**header, "decoder": json.dumps(facts)}
+    )
+
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        npe.joint_loss(model, EXAMPLE, tmp_path / "d")
+
+
+def test_a_write_that_fails_leaves_the_file_before_as_it_was(
+    model: nn.Module, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = TrainedDecoder.load(decoder)
+    place = tmp_path / "again.safetensors"
+    loaded.save(place)
+    content = place.read_bytes()
+
+    def half(path: Path, data: bytes) -> None:
+        with path.open("wb") as handle:
+            handle.write(data[: len(data) // 2])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OutputError, match="no space left"):
+            loaded.save(place)
+    assert content == place.read_bytes()
+
+
+def test_a_decoder_is_read_as_it_was_written(model: nn.Module, decoder: Path, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    loaded = TrainedDecoder.load(decoder)
+    assert torch.equal(state, torch.get_rng_state()), "reading draws nothing"
     loaded.save(tmp_path / "again.safetensors")
 
     again = TrainedDecoder.load(tmp_path / "again.safetensors")
@@ -222,6 +294,52 @@ class TestJointLoss:
         assert float(compact) != pytest.approx(float(joint(model.double(), batch)), rel=1e-3)
         model.float()
         joint.decoder.float()
+
+    def test_a_network_that_was_cut_unheard_is_told_so(self, model: nn.Module, decoder: Path) -> None:
+        result = npe.prune(model, EXAMPLE, method="l1", target="macs=0.5")
+        joint = npe.joint_loss(model, EXAMPLE, decoder)
+
+        with pytest.raises(ConfigError, match="after_cut"):
+            joint(result.model, images()[0])
+
+    def test_images_of_another_size_are_told(self, model: nn.Module, decoder: Path) -> None:
+        joint = npe.joint_loss(model, EXAMPLE, decoder)
+
+        with pytest.raises(ConfigError, match=r"expected \(3, 16, 16\)"):
+            joint(model, (torch.zeros(2, 3, 20, 20), torch.tensor([0, 1])))
+
+    def test_a_task_that_raises_leaves_nothing_behind(self, model: nn.Module, decoder: Path) -> None:
+        def raises(own: nn.Module, batch: Any) -> Tensor:
+            own(batch[0])
+            raise ValueError("mine")
+
+        joint = npe.joint_loss(model, EXAMPLE, decoder, task=raises)
+        with pytest.raises(ValueError, match="mine"):
+            joint(model, images()[0])
+
+        copy.deepcopy(joint)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_the_default_is_pickled(self, model: nn.Module, decoder: Path) -> None:
+        joint = npe.joint_loss(model, EXAMPLE, decoder)
+
+        again = pickle.loads(pickle.dumps(joint))
+
+        assert float(joint(model, images()[0])) == float(again(model, images()[0]))
+
+    def test_a_run_is_not_continued_with_another_weight_or_decoder(
+        self, model: nn.Module, decoder: Path, tmp_path: Path
+    ) -> None:
+        def run(weight: float) -> None:
+            npe.prune(
+                model, EXAMPLE, method="l1", target="macs=0.5", train_batches=images(), recover_epochs=1,
+                loss=npe.joint_loss(model, EXAMPLE, decoder, weight=weight), checkpoints=npe.Checkpoints(tmp_path, {}),
+            )  # fmt: skip
+
+        run(10)
+        run(10)
+        with pytest.raises(CheckpointError, match="loss"):
+            run(5)
 
     @pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
     def test_a_weight_out_of_range_is_refused(self, model: nn.Module, decoder: Path, weight: float) -> None:
