@@ -74,15 +74,10 @@ def transfer(
     from nni_prune_ext.cli.job import read_numbers, tell_json  # imported here to keep --help instant
     from nni_prune_ext.cli.progress import progress_watcher
     from nni_prune_ext.training import checked_settings
-    from nni_prune_ext.training.processes import is_main
+    from nni_prune_ext.training.processes import is_main, wait_for_everyone
     from nni_prune_ext.transfer.comparison import transfer_networks
-    from nni_prune_ext.transfer.folders import (
-        check_folder,
-        clear_folder,
-        named_networks,
-        open_second_data,
-        pixel_normalisation,
-    )
+    from nni_prune_ext.transfer.folders import named_networks, on_device, open_second_data, pixel_normalisation
+    from nni_prune_ext.transfer.kept import check_folder
     from nni_prune_ext.transfer.page import write_page
     from nni_prune_ext.workbench.preparation import device_called
     from nni_prune_ext.workbench.run_lock import check_free, locked
@@ -91,17 +86,18 @@ def transfer(
         optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay, precision=precision,
         channels_last=channels_last, warmup_epochs=0.5, max_gradient_norm=10.0, select_best=False,
     )  # fmt: skip
-    check_free(out)
-    check_folder(out, resume=resume, overwrite=overwrite)
+    if is_main():
+        check_free(out)
+        check_folder(out, resume=resume, overwrite=overwrite)
+    wait_for_everyone()
     place = device_called(device)
     found = named_networks(networks, model=model, random_control=random_control)
     normalisation = pixel_normalisation(read_numbers("--mean", mean), read_numbers("--std", std), found)
     source = open_second_data(data, image_size=image_size, limit=limit_images, normalisation=normalisation)
-    with locked(out), progress_watcher(json) if is_main() else nullcontext(None) as watcher:
-        if overwrite:
-            clear_folder(out)
+    lock, told = (locked(out), progress_watcher(json)) if is_main() else (nullcontext(), nullcontext(None))
+    with lock, told as watcher:
         report = transfer_networks(
-            {name: own.model.to(place) for name, own in found.items()},
+            {name: on_device(own.model, place) for name, own in found.items()},
             source,
             head=head,
             epochs=epochs,
@@ -113,6 +109,7 @@ def transfer(
             maps=maps,
             pyramid_channels=pyramid_channels,
             folder=out,
+            anew=overwrite,
             watcher=watcher,
         )
     if is_main():
@@ -125,16 +122,17 @@ def transfer(
 
 def _show(report: TransferReport, out: Path) -> None:
     from rich.console import Console  # imported here to keep --help instant
+    from rich.markup import escape
     from rich.table import Table
 
     from nni_prune_ext.transfer.page import comparison_rows, headings
 
     facts = report.facts
-    table = Table(title=f"{facts['head']} on {facts['data']}, {facts['epochs']} epochs")
+    table = Table(title=escape(f"{facts['head']} on {facts['data']}, {facts['epochs']} epochs"))
     for number, heading in enumerate(headings(report)):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(escape(heading), justify="right" if number else "left")
     rows: Sequence[Sequence[str]] = comparison_rows(report)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(text) for text in row))
     Console(width=160).print(table)
     typer.echo(f"report in {out / 'report.html'}, numbers in {out / 'transfer.json'}")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
+from nni_prune_ext.checkpoints import Json, fingerprint
 from nni_prune_ext.data.batches import split_batches
-from nni_prune_ext.data.detection import DetectionBatches, DetectionSource
-from nni_prune_ext.data.image_arrays import DataSource
+from nni_prune_ext.data.detection import DetectionBatches, DetectionImages, DetectionSource
+from nni_prune_ext.data.image_arrays import DataSource, ImageArrays
+from nni_prune_ext.data.sources import IMAGENET_MEAN, IMAGENET_STD
 from nni_prune_ext.errors import ConfigError
-from nni_prune_ext.models.weights import save_weights
 from nni_prune_ext.training import (
     Batches,
     EpochLog,
@@ -31,14 +32,20 @@ from nni_prune_ext.training import (
 )
 from nni_prune_ext.transfer.average_precision import average_precision, detection_metric
 from nni_prune_ext.transfer.heads import HEADS, DetectorHead, Head, classifier, detector, last_linear
-from nni_prune_ext.transfer.results import REPORT, TransferReport, TransferRow
+from nni_prune_ext.transfer.kept import Kept
+from nni_prune_ext.transfer.results import TransferReport, TransferRow
 
 _BATCH_SIZES = {"classifier": 32}
 _DETECTION_BATCH = 8
+_LONGEST_NAME = 100
+
+
+NetworkOrBuilder: TypeAlias = nn.Module | Callable[[int], nn.Module]
+"""A network, or what builds one for a seed: a control with random weights."""
 
 
 def transfer_networks(
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, NetworkOrBuilder],
     source: DataSource | DetectionSource,
     *,
     head: Head | str | None = None,
@@ -51,6 +58,7 @@ def transfer_networks(
     maps: int = 3,
     pyramid_channels: int = 256,
     folder: Path | None = None,
+    anew: bool = False,
     watcher: Watcher | None = None,
 ) -> TransferReport:
     """Trains every network with a new head on a second data set, alike, and measures them on its test split.
@@ -59,7 +67,8 @@ def transfer_networks(
     shapes are the same. Nothing is selected: the last epoch counts. The networks are not changed.
 
     Args:
-        networks: name → classifier of images; the first one is the reference, usually the dense one.
+        networks: name → classifier of images, or a function that builds one for a seed; the first one is the reference,
+            usually the dense one.
         head: ``classifier`` for a source of labels, else one of torchvision's detectors (``retinanet``).
         epochs: for every network and seed.
         seeds: of the new head, the order and the variations of the images.
@@ -72,6 +81,7 @@ def transfer_networks(
         pyramid_channels: width of a detector's pyramid.
         folder: where the report, the trained weights and the state of an interrupted call are kept: the same call goes
             on there.
+        anew: removes an earlier comparison from the folder, once all else is checked.
         watcher: is told how the training goes.
 
     Raises:
@@ -80,6 +90,12 @@ def transfer_networks(
         OutputError: the folder holds another comparison.
         TrainingError: the loss is no number.
     """
+    if normalisation is None:
+        normalisation = (
+            (IMAGENET_MEAN, IMAGENET_STD) if isinstance(source, DetectionSource) else (source.mean, source.std)
+        )
+    if isinstance(source, DataSource):
+        source = replace(source, mean=tuple(normalisation[0]), std=tuple(normalisation[1]))
     job = _Job(
         source,
         _head(head, source),
@@ -92,19 +108,18 @@ def transfer_networks(
         weight_masks or {},
     )
     _check(networks, seeds, epochs, job)
-    identity = job.identity(networks)
-    kept = _Kept.opened(folder, identity)
+    identity = job.identity(networks, seeds[0])
+    kept = Kept.opened(folder, identity, anew=anew)
     metric = "AP" if job.detects else "accuracy"
     for seed in seeds:
         for name, network in networks.items():
             if not kept.has(name, seed):
-                kept.add(_trained(name, network, seed, job, kept, watcher or Watcher()), metric, job.facts())
+                row, model = _trained(name, _of_seed(network, seed), seed, job, kept, watcher or Watcher())
+                kept.add(row, model, metric, job.facts())
     order = list(networks)
-    rows = sorted(kept.rows, key=lambda row: (order.index(row.network), row.seed))
-    report = TransferReport(tuple(row for row in rows if row.seed in seeds), metric, job.facts())
-    if folder is not None:
-        report.save(folder / REPORT)
-    return report
+    kept.rows.sort(key=lambda row: (order.index(row.network), row.seed))
+    kept.save(metric, job.facts())
+    return TransferReport(tuple(row for row in kept.rows if row.seed in seeds), metric, job.facts())
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +129,7 @@ class _Job:
     epochs: int
     settings: TrainingSettings
     batch_size: int | None
-    normalisation: tuple[Sequence[float], Sequence[float]] | None
+    normalisation: tuple[Sequence[float], Sequence[float]]
     maps: int
     pyramid_channels: int
     masks: Mapping[str, Mapping[str, Tensor]]
@@ -131,7 +146,7 @@ class _Job:
         """Returns what a reader of the result must know, as JSON."""
         source = self.source
         sizes: dict[str, Json] = {split: len(part) for split, part in source.splits().items()}
-        normalisation = None if self.normalisation is None else [list(own) for own in self.normalisation]
+        mean, std = (cast("Json", list(own)) for own in self.normalisation)
         return {
             "data": source.name,
             "images": sizes,
@@ -140,18 +155,26 @@ class _Job:
             "head": self.head,
             "epochs": self.epochs,
             "batch_size": self.images_per_batch,
-            "normalisation": cast("Json", normalisation),
+            "mean": mean,
+            "std": std,
             "maps": self.maps if self.detects else None,
             "pyramid_channels": self.pyramid_channels if self.detects and self.head != "ssdlite" else None,
             "training": self.settings.model_dump(mode="json"),
         }
 
-    def identity(self, networks: Mapping[str, nn.Module]) -> dict[str, Json]:
-        prints: dict[str, Json] = {name: fingerprint(network) for name, network in networks.items()}
-        masked: dict[str, Json] = {
-            name: {key: int(mask.sum()) for key, mask in masks.items()} for name, masks in self.masks.items()
+    def identity(self, networks: Mapping[str, NetworkOrBuilder], seed: int) -> dict[str, Json]:
+        """Returns all that decides about the results: data, networks, masks and versions, by their content."""
+        prints: dict[str, Json] = {name: fingerprint(_of_seed(network, seed)) for name, network in networks.items()}
+        masked: dict[str, Json] = {name: _print(masks.items()) for name, masks in self.masks.items() if masks}
+        augment = None if isinstance(self.source, DetectionSource) else self.source.augment
+        return {
+            **self.facts(),
+            "augment": augment,
+            "content": {split: _content_print(part) for split, part in self.source.splits().items()},
+            "networks": prints,
+            "masks": masked,
+            "versions": {name: version(name) for name in ("torch", "torchvision")},
         }
-        return {**self.facts(), "networks": prints, "masks": masked}
 
     def made(self, network: nn.Module) -> nn.Module:
         """Returns the network with its new head."""
@@ -159,7 +182,7 @@ class _Job:
         count = len(self.source.class_names)
         if not self.detects:
             return classifier(network, (height, width), count)
-        mean, std = self.normalisation or (None, None)
+        mean, std = self.normalisation
         return detector(
             network, (height, width), count, head=cast("DetectorHead", self.head), maps=self.maps,
             pyramid_channels=self.pyramid_channels, mean=mean, std=std,
@@ -190,38 +213,28 @@ class _Job:
         return average_precision(model, batches, self.source.class_names)
 
 
-@dataclass
-class _Kept:
-    """What is finished, and where it is kept."""
+def _of_seed(network: NetworkOrBuilder, seed: int) -> nn.Module:
+    return network if isinstance(network, nn.Module) else network(seed)
 
-    folder: Path | None
-    identity: dict[str, Json]
-    rows: list[TransferRow]
 
-    @classmethod
-    def opened(cls, folder: Path | None, identity: dict[str, Json]) -> _Kept:
-        if folder is None:
-            return cls(None, identity, [])
-        Checkpoints(folder / "state", identity).claim()
-        report = folder / REPORT
-        return cls(folder, identity, list(TransferReport.load(report).rows) if report.exists() else [])
+def _content_print(part: ImageArrays | DetectionImages) -> str:
+    """Returns a hash of the images of a split, and of what is known of them."""
+    if isinstance(part, ImageArrays):
+        return _print([("images", part.images), ("labels", part.labels)])
+    own = [
+        (f"{name}{number}", getattr(objects, name))
+        for number, objects in enumerate(part.objects)
+        for name in ("boxes", "labels", "ignored")
+    ]
+    return _print([("images", part.images), *own])
 
-    def has(self, name: str, seed: int) -> bool:
-        return any(row.network == name and row.seed == seed for row in self.rows)
 
-    def checkpoints(self, name: str, seed: int) -> Checkpoints | None:
-        if self.folder is None:
-            return None
-        return Checkpoints(self.folder / "state" / f"{name}-{seed}", {**self.identity, "network": name, "seed": seed})
-
-    def add(self, made: tuple[TransferRow, nn.Module], metric: str, facts: Mapping[str, object]) -> None:
-        row, model = made
-        self.rows.append(row)
-        if self.folder is None:
-            return
-        save_weights(model, self.folder / f"{row.network}-seed{row.seed}.safetensors")
-        TransferReport(tuple(self.rows), metric, facts).save(self.folder / REPORT)
-        shutil.rmtree(self.folder / "state" / f"{row.network}-{row.seed}", ignore_errors=True)
+def _print(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def detection_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -232,7 +245,7 @@ def detection_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _trained(
-    name: str, network: nn.Module, seed: int, job: _Job, kept: _Kept, watcher: Watcher
+    name: str, network: nn.Module, seed: int, job: _Job, kept: Kept, watcher: Watcher
 ) -> tuple[TransferRow, nn.Module]:
     began = time.perf_counter()
     with seeded(network, seed):
@@ -292,7 +305,7 @@ def _head(head: str | None, source: DataSource | DetectionSource) -> Head:
     return chosen
 
 
-def _check(networks: Mapping[str, nn.Module], seeds: Sequence[int], epochs: int, job: _Job) -> None:
+def _check(networks: Mapping[str, NetworkOrBuilder], seeds: Sequence[int], epochs: int, job: _Job) -> None:
     if not networks or not seeds or len(set(seeds)) < len(seeds) or epochs < 1:
         raise ConfigError(
             f"There are {len(networks)} networks, the seeds {list(seeds)} and {epochs} epochs, expected at least one "
@@ -301,11 +314,26 @@ def _check(networks: Mapping[str, nn.Module], seeds: Sequence[int], epochs: int,
     unknown = sorted(set(job.masks) - set(networks))
     if unknown:
         raise ConfigError(f"There are masks for '{unknown[0]}', expected one of {', '.join(networks)}. Mend the name.")
-    odd = [name for name in networks if not name or any(letter in name for letter in "/\\\0")]
+    odd = [name for name in networks if not 0 < len(name) <= _LONGEST_NAME or any(own in name for own in "/\\\0")]
     if odd:
-        raise ConfigError(f"A network is called '{odd[0]}', expected a name without slashes: it becomes a file name.")
+        raise ConfigError(
+            f"A network is called '{odd[0]}', expected 1 to {_LONGEST_NAME} letters without slashes: it becomes a file "
+            "name."
+        )
     if job.detects:
         detection_metric()  # now rather than after hours of training
-    for network in networks.values():
+    for name, given in networks.items():
+        network = _of_seed(given, seeds[0])
+        _check_masks(name, job.masks.get(name, {}), network)
         with seeded(network, seeds[0]):
             job.made(network)
+
+
+def _check_masks(name: str, masks: Mapping[str, Tensor], network: nn.Module) -> None:
+    shapes = {key: tuple(parameter.shape) for key, parameter in network.named_parameters()}
+    for key, mask in masks.items():
+        if mask.dtype is not torch.bool or tuple(mask.shape) != shapes.get(key):
+            raise ConfigError(
+                f"The mask '{key}' of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool and "
+                f"the shape of that parameter, {shapes.get(key, 'which there is not')}. Mend it."
+            )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,39 +13,37 @@ from torch import Tensor, nn
 from nni_prune_ext.data.detection import DetectionSource, open_detection
 from nni_prune_ext.data.image_arrays import DataSource
 from nni_prune_ext.data.sources import open_data
-from nni_prune_ext.errors import ConfigError, ModelError, OutputError
-from nni_prune_ext.export.artefact_folder import MASKS, PLAN, WEIGHTS, ModelSpec, check_unused
+from nni_prune_ext.errors import ConfigError, ModelError
+from nni_prune_ext.export.artefact_folder import MASKS, PLAN, WEIGHTS, ModelSpec
 from nni_prune_ext.export.artefact_loading import load_masks, load_pruned
 from nni_prune_ext.export.manifest import checked_manifest
 from nni_prune_ext.models.loading import build_model, load_weights
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.surgery import cut_channels
-from nni_prune_ext.transfer.results import REPORT
+from nni_prune_ext.transfer.comparison import NetworkOrBuilder
 
-STATE = "state"
 RANDOM = "random weights"
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class FolderNetwork:
-    """A network of an artefact folder, its weight masks, and how it was described there."""
+    """A network of an artefact folder, or what builds one for a seed; its weight masks, and how it is described."""
 
-    model: nn.Module
+    model: NetworkOrBuilder
     masks: Mapping[str, Tensor]
     spec: ModelSpec
 
 
 def named_networks(
-    texts: Sequence[str], *, model: str | None = None, random_control: bool = False, seed: int = 0
+    texts: Sequence[str], *, model: str | None = None, random_control: bool = False
 ) -> dict[str, FolderNetwork]:
     """Reads ``NAME=FOLDER``, or ``FOLDER``, whose own name it then has.
 
     Args:
         model: specification of all networks, instead of what the folders say; needed where that is a factory, because
             no folder decides what code is imported.
-        random_control: adds the last network's architecture with random weights.
-        seed: of those.
+        random_control: adds the last network's architecture, and its masks, with random weights, new ones per seed.
 
     Raises:
         ConfigError: a name is there twice.
@@ -53,32 +51,43 @@ def named_networks(
     """
     found: dict[str, FolderNetwork] = {}
     for text in texts:
-        name, _, place = text.rpartition("=")
-        folder = Path(place).expanduser()
-        name = name or folder.resolve().name
+        name, folder = _named(text)
         if name in found or (random_control and name == RANDOM):
             raise ConfigError(f"Two networks are called '{name}', expected every name once. Give NAME=FOLDER.")
         found[name] = _network(folder, model)
     if random_control:
-        last = Path(texts[-1].rpartition("=")[2]).expanduser()
-        found[RANDOM] = _network(last, model, random_seed=seed)
+        last = found[next(reversed(found))]
+        folder = _named(texts[-1])[1]
+        found[RANDOM] = replace(last, model=partial(_random_network, folder, last))
     return found
 
 
 def pixel_normalisation(
     mean: Sequence[float] | None, std: Sequence[float] | None, networks: Mapping[str, FolderNetwork]
 ) -> Normalisation | None:
-    """Returns what was given, else what the first network was trained with; ``None`` if nobody says.
+    """Returns what was given, else what the networks were trained with; ``None`` if nobody says.
 
     Raises:
-        ConfigError: only one of both was given, or not for three channels.
+        ConfigError: only one of both was given, or not for three channels; or the networks differ.
     """
-    first = next(iter(networks.values())).spec
     if mean is None and std is None:
-        return (first.mean, first.std) if first.mean is not None and first.std is not None else None
+        found = {(own.spec.mean, own.spec.std): name for name, own in networks.items()}
+        if len(found) > 1:
+            raise ConfigError(
+                f"The networks {' and '.join(repr(name) for name in found.values())} were made for pixels of different "
+                f"mean and standard deviation, {' and '.join(str(key) for key in found)}, expected one for all: "
+                "they see the same images. Give --mean and --std."
+            )
+        ((first, second),) = found
+        return (first, second) if first is not None and second is not None else None
     if mean is None or std is None or len(mean) != 3 or len(std) != 3:
         raise ConfigError(f"--mean is {mean} and --std is {std}, expected both, with three numbers each.")
     return tuple(mean), tuple(std)
+
+
+def on_device(network: NetworkOrBuilder, device: torch.device) -> NetworkOrBuilder:
+    """Returns a network, or what builds one, on a device."""
+    return network.to(device) if isinstance(network, nn.Module) else lambda seed: network(seed).to(device)
 
 
 def open_second_data(
@@ -102,36 +111,32 @@ def open_second_data(
     return open_data(spec, image_size=size and size[0], limit=limit, mean=mean, std=std)
 
 
-def check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes sure that a comparison may be written to a folder; makes and removes nothing.
-
-    Raises:
-        ConfigError: going on and starting anew are both asked for.
-        OutputError: it holds something else, or a comparison and neither was asked for.
-    """
-    if resume and overwrite:
-        raise ConfigError("Both --resume and --overwrite were given, expected at most one. Go on, or start anew.")
-    if not _is_ours(out):
-        check_unused(out)
-    elif not resume and not overwrite:
-        raise OutputError(
-            f"The folder '{out}' holds a comparison, expected an empty or new one. Go on with it (--resume), "
-            "replace it (--overwrite), or choose another folder with --out."
-        )
+def _named(text: str) -> tuple[str, Path]:
+    """Reads ``NAME=FOLDER``; a folder may have such a name itself."""
+    whole = Path(text).expanduser()
+    name, equals, place = text.partition("=")
+    if not equals or whole.is_dir():
+        return whole.resolve().name, whole
+    return name, Path(place).expanduser()
 
 
-def clear_folder(out: Path) -> None:
-    """Removes a comparison from its folder; what else lies there stays."""
-    shutil.rmtree(out / STATE, ignore_errors=True)
-    for path in [out / REPORT, out / "report.html", *out.glob("*-seed*.safetensors")]:
-        path.unlink(missing_ok=True)
+def _random_network(folder: Path, like: FolderNetwork, seed: int) -> nn.Module:
+    """Returns the architecture of a network with random weights, masked like it."""
+    name = like.spec.model
+    assert name is not None, "checked when the folder was read"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        made = build_model(name, num_classes=like.spec.num_classes).eval()
+    if (folder / PLAN).exists():
+        made = cut_channels(made, PruningPlan.load(folder / PLAN), torch.zeros(like.spec.input_shape)).model
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if key in like.masks:
+                parameter.mul_(like.masks[key])
+    return made
 
 
-def _is_ours(out: Path) -> bool:
-    return (out / STATE / "identity.json").exists() or (out / REPORT).exists()
-
-
-def _network(folder: Path, model: str | None, *, random_seed: int | None = None) -> FolderNetwork:
+def _network(folder: Path, model: str | None) -> FolderNetwork:
     checked_manifest(folder, needed=(WEIGHTS,))
     spec = ModelSpec.load(folder)
     name = model or (spec.model if spec is not None else None)
@@ -150,13 +155,7 @@ def _network(folder: Path, model: str | None, *, random_seed: int | None = None)
         )
     known = spec.model_copy(update={"model": name})
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(random_seed or 0)
         dense = build_model(name, num_classes=spec.num_classes)
-    if random_seed is not None:
-        if (folder / PLAN).exists():
-            example = torch.zeros(spec.input_shape)
-            dense = cut_channels(dense, PruningPlan.load(folder / PLAN), example).model
-        return FolderNetwork(dense, {}, known)
     if (folder / PLAN).exists():
         dense = load_pruned(dense, folder)
     else:

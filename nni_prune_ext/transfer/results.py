@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from nni_prune_ext.errors import OutputError
+from nni_prune_ext.evaluation import environment
 from nni_prune_ext.text_files import write_text
 
 REPORT = "transfer.json"
@@ -41,11 +44,13 @@ class TransferReport:
     Attributes:
         metric: name of what is compared.
         facts: data, head and training, for the reader.
+        identity: hash of all that decides about the rows; empty outside a folder.
     """
 
     rows: tuple[TransferRow, ...]
     metric: str
     facts: Mapping[str, object]
+    identity: str = ""
 
     def scores(self, network: str) -> dict[int, float]:
         """Returns seed → the metric of a network."""
@@ -68,8 +73,14 @@ class TransferReport:
         return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON, atomically."""
-        write_text(path, json.dumps({"format": FORMAT, **self.to_json()}, indent=1) + "\n")
+        """Writes it as JSON, atomically, with the versions and the machine that it was made on."""
+        write_text(
+            path,
+            json.dumps(
+                {"format": FORMAT, "identity": self.identity, **self.to_json(), "environment": environment()}, indent=1
+            )
+            + "\n",
+        )
 
     def to_json(self) -> dict[str, object]:
         """Returns it as JSON-ready values."""
@@ -84,8 +95,10 @@ class TransferReport:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            rows = tuple(TransferRow(**{**own, "losses": tuple(own["losses"])}) for own in content["rows"])
-            return cls(rows, content["metric"], content["facts"])
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, expected {FORMAT}")
+            rows = TypeAdapter(tuple[TransferRow, ...]).validate_python(content["rows"])
+            return cls(rows, str(content["metric"]), dict(content["facts"]), str(content["identity"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"'{path}' cannot be read ({error}), expected what `transfer` wrote. Start anew with --overwrite."

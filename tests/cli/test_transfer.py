@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_artefacts(pruned.model, root / "l1", example, plan=pruned.plan, spec=spec)
     nothing = npe.plan_from_channels(npe.trace_channel_groups(masked, example), {})
     write_artefacts(masked, root / "masked", example, plan=nothing, weight_masks=masks, spec=spec)
+    pixels = spec.model_copy(update={"mean": (0.1, 0.1, 0.1)})
+    write_artefacts(dense, root / "other_pixels", example, spec=pixels)
+    shutil.copytree(root / "dense", root / "macs=0.5")
     write_artefacts(dense, root / "foreign", example, spec=spec.model_copy(update={"model": "my_nets:build"}))
     (root / "my_nets.py").write_text(FACTORY)
     generator = np.random.default_rng(0)
@@ -104,7 +108,9 @@ def test_networks_are_compared_in_a_table_a_page_and_numbers(place: Path, tmp_pa
     assert [(n, s) for n in ("wide", "l1", "random weights") for s in (0, 1)] == [
         (row["network"], row["seed"]) for row in content["rows"]
     ]
-    assert [[0.5, 0.4, 0.3], [0.2, 0.2, 0.2]] == content["facts"]["normalisation"], "what the network was trained with"
+    facts = content["facts"]
+    assert ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2]) == (facts["mean"], facts["std"]), "what the networks were trained with"
+    assert "torch" in content["environment"]
     for name in ("wide", "l1", "random weights"):
         assert name in found.stdout
         assert name in (tmp_path / "out" / "report.html").read_text()
@@ -135,6 +141,65 @@ def test_a_masked_network_stays_masked(place: Path, tmp_path: Path) -> None:
     after = safetensors.torch.load_file(tmp_path / "out" / "masked-seed0.safetensors")["conv1.weight"]
     assert bool((after[~before] == 0).all())
     assert 0 < int((after == 0).sum()) < after.numel()
+
+
+def test_the_random_control_of_a_masked_network_is_masked_too_and_new_for_every_seed(
+    place: Path, tmp_path: Path
+) -> None:
+    found = run(
+        place / "masked", "--data", f"imagefolder:{place / 'images'}", "--out", "out", "--random-control", "--seeds",
+        "2", "--learning-rate", "1e-9", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+
+    assert 0 == found.returncode, found.stderr
+    rows = json.loads((tmp_path / "out" / "transfer.json").read_text())["rows"]
+    assert rows[0]["parameters"] == rows[2]["parameters"]
+    one, two = (
+        safetensors.torch.load_file(tmp_path / "out" / f"random weights-seed{seed}.safetensors")["conv1.weight"]
+        for seed in (0, 1)
+    )
+    assert torch.equal(one == 0, two == 0)
+    assert not torch.equal(one, two)
+
+
+def test_every_option_of_the_training_reaches_it(place: Path, tmp_path: Path) -> None:
+    found = run(
+        place / "dense", "--data", f"voc:{place / 'voc'}", "--out", "out", "--optimizer", "sgd", "--learning-rate",
+        "0.002", "--weight-decay", "0.3", "--precision", "bf16", "--channels-last", "--limit-images", "1",
+        "--pyramid-channels", "24", "--maps", "2", "--head", "retinanet", "--batch-size", "1", "--image-size", "32,48",
+        "--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+
+    assert 0 == found.returncode, found.stderr
+    facts = json.loads((tmp_path / "out" / "transfer.json").read_text())["facts"]
+    training = facts["training"]
+    assert ("sgd", 0.002, 0.3) == (training["optimizer"], training["learning_rate"], training["weight_decay"])
+    assert ("bf16", True) == (training["precision"], training["channels_last"])
+    assert {"train": 1, "val": 1, "test": 1} == facts["images"]
+    assert (24, 2, "retinanet", 1, [3, 32, 48]) == tuple(
+        facts[key] for key in ("pyramid_channels", "maps", "head", "batch_size", "input_shape")
+    )
+    assert ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) == (facts["mean"], facts["std"])
+
+
+def test_a_folder_may_be_called_like_a_target_and_names_are_shown_as_they_are(place: Path, tmp_path: Path) -> None:
+    found = run(
+        "macs=0.5", "lambda[low]=l1", "--data", "imagefolder:images", "--out", tmp_path / "out", *QUICK, cwd=place
+    )
+
+    assert 0 == found.returncode, found.stderr
+    assert "macs=0.5" in found.stdout
+    assert "lambda[low]" in found.stdout
+
+
+def test_overwriting_with_a_mistake_loses_nothing(place: Path, tmp_path: Path) -> None:
+    arguments = (place / "dense", "--data", f"imagefolder:{place / 'images'}", "--out", "out", *QUICK)
+    assert 0 == run(*arguments, cwd=tmp_path).returncode
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    assert 2 == run(*arguments, "--overwrite", "--head", "retinanet", cwd=tmp_path).returncode
+
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_a_folder_is_continued_replaced_or_refused(place: Path, tmp_path: Path) -> None:
@@ -201,6 +266,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "an unknown head": (["dense", "--data", "voc:voc", "--head", "yolo"], "head is 'yolo'"),
     "a size that is none": (["dense", "--data", "voc:voc", "--image-size", "big"], "--image-size 'big'"),
     "a flat image of a class": (["dense", "--data", "imagefolder:images", "--image-size", "8,16"], "one number"),
+    "networks for other pixels": (["dense", "other_pixels", "--data", "imagefolder:images"], "different mean"),
     "half a normalisation": (["dense", "--data", "imagefolder:images", "--mean", "0,0,0"], "expected both"),
     "no number": (["dense", "--data", "imagefolder:images", "--mean", "a,b,c", "--std", "1,1,1"], "Cannot read --mean"),
     "grey images": (["dense", "--data", "digits"], "digits"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import nni_prune_ext as npe
 from nni_prune_ext.data.detection import DetectionImages, DetectionSource, ImageBoxes
 from nni_prune_ext.data.image_arrays import DataSource, ImageArrays
-from nni_prune_ext.errors import CheckpointError, ConfigError, OutputError
+from nni_prune_ext.errors import ConfigError, OutputError
 from nni_prune_ext.training import TrainingSettings, Watcher
 from nni_prune_ext.transfer.page import comparison_rows, write_page
 
@@ -219,16 +220,106 @@ def test_a_finished_transfer_is_read_and_more_seeds_are_added(tmp_path: Path) ->
     assert first.rows[0] == more.rows[0]
     assert [0, 1] == [row.seed for row in npe.TransferReport.load(tmp_path / "transfer.json").rows]
     assert [0] == [row.seed for row in compared(networks, folder=tmp_path).rows]
+    assert [0, 1] == [row.seed for row in npe.TransferReport.load(tmp_path / "transfer.json").rows], "nothing is lost"
 
 
 def test_another_transfer_is_not_mixed_into_a_folder(tmp_path: Path) -> None:
     compared({"dense": net()}, folder=tmp_path)
     content = (tmp_path / "transfer.json").read_bytes()
 
-    for changes in ({"epochs": 3}, {"networks": {"dense": net(4)}}, {"batch_size": 8}):
-        with pytest.raises(CheckpointError):
+    same, other = classes(), {
+        "order": {"train": classes().train.subset(torch.arange(48).flip(0))},
+        "test labels": {"test": ImageArrays(classes().test.images, (classes().test.labels + 1) % 3)},
+        "pixels": {"val": colours(12, 9)},
+        "mean": {"mean": (0.4, 0.5, 0.5)},
+        "augment": {"augment": "crop_flip"},
+    }  # fmt: skip
+    data = [{"source": DataSource(**{**vars(same), **own})} for own in other.values()]
+    masks = [{"weight_masks": {"dense": masks_of(net())}}]
+    for changes in (*data, *masks, {"epochs": 3}, {"networks": {"dense": net(4)}}, {"batch_size": 8}):
+        with pytest.raises(OutputError, match="other"):
             compared(**{"networks": {"dense": net()}, "folder": tmp_path, **changes})
     assert content == (tmp_path / "transfer.json").read_bytes()
+
+
+def test_masks_of_other_places_and_boxes_of_other_objects_are_another_transfer(tmp_path: Path) -> None:
+    mask = torch.zeros(8, 3, 3, 3, dtype=torch.bool)
+    mask[:4] = True
+    networks = {"dense": net()}
+    compared(networks, weight_masks={"dense": {"stem.0.weight": mask}}, folder=tmp_path / "m")
+    with pytest.raises(OutputError, match="masks"):
+        compared(networks, weight_masks={"dense": {"stem.0.weight": ~mask}}, folder=tmp_path / "m")
+    more: dict[str, Any] = {"maps": 2, "pyramid_channels": 8, "batch_size": 8, "epochs": 1, "folder": tmp_path / "b"}
+    compared(networks, source=boxes(), **more)
+    moved = boxes()
+    moved.test.objects[0].boxes.add_(1)
+    with pytest.raises(OutputError, match="content"):
+        compared(networks, source=moved, **more)
+
+
+def test_results_without_their_state_are_not_believed_to_be_others(tmp_path: Path) -> None:
+    compared({"dense": net()}, folder=tmp_path)
+    shutil.rmtree(tmp_path / "state")
+
+    with pytest.raises(OutputError, match="results of another comparison"):
+        compared({"dense": net(4)}, folder=tmp_path)
+
+
+def test_starting_anew_removes_the_earlier_comparison_and_nothing_else_and_only_once_all_is_checked(
+    tmp_path: Path,
+) -> None:
+    compared({"dense": net()}, seeds=(0, 1), folder=tmp_path)
+    (tmp_path / "my-seed-data.safetensors").write_text("mine")
+    (tmp_path / "state" / "thesis.bin").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    with pytest.raises(ConfigError, match="0 epochs"):
+        compared({"dense": net()}, folder=tmp_path, anew=True, epochs=0)
+    with pytest.raises(ConfigError, match="holds classes"):
+        compared({"dense": net()}, folder=tmp_path, anew=True, head="ssdlite")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    compared({"other": net(4)}, folder=tmp_path, anew=True)
+    assert {
+        "transfer.json", "other-seed0.safetensors", "my-seed-data.safetensors", "identity.json", "thesis.bin",
+    } == {path.name for path in tmp_path.rglob("*") if path.is_file()}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["retinanet", "faster_rcnn", "ssdlite"])
+def test_heads_of_networks_of_different_widths_start_alike(head: Any) -> None:
+    drawn = []
+    for model in (net(8), net(4)):
+        torch.manual_seed(3)
+        made = npe.detector(model, (32, 32), 3, head=head, maps=2, pyramid_channels=8)
+        drawn.append({name: own for name, own in made.named_parameters() if not name.startswith("backbone.body.")})
+
+    shared = [name for name, own in drawn[0].items() if own.shape == drawn[1][name].shape]
+    assert [name for name in shared if not torch.equal(drawn[0][name], drawn[1][name])] == []
+    weights = [drawn[0][name] for name in shared if drawn[0][name].dim() == 4]
+    assert len({float(own.detach().abs().sum()) for own in weights}) == len(weights) > 0 or head == "ssdlite"
+
+
+def test_classifiers_see_pixels_normalised_as_asked() -> None:
+    plain = compared({"dense": net()})
+    other = compared({"dense": net()}, normalisation=((0.1,) * 3, (0.01,) * 3))
+    same = compared({"dense": net()}, normalisation=((0.5,) * 3, (0.5,) * 3))
+
+    assert plain.rows[0].losses == same.rows[0].losses != other.rows[0].losses
+    assert [0.1, 0.1, 0.1] == other.facts["mean"]
+
+
+def test_a_control_may_be_built_anew_for_every_seed() -> None:
+    seen: list[int] = []
+
+    def control(seed: int) -> nn.Module:
+        seen.append(seed)
+        torch.manual_seed(seed)
+        return Net(4).eval()
+
+    report = compared({"dense": net(), "random": control}, seeds=(4, 5))  # type: ignore[dict-item]
+
+    assert {4, 5} == set(seen)
+    assert {("random", 4), ("random", 5)} <= {(row.network, row.seed) for row in report.rows}
 
 
 def report_of(scores: Mapping[str, list[float]]) -> npe.TransferReport:
@@ -278,6 +369,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown head": ({"head": "yolo", "source": boxes()}, "head is 'yolo'"),
     "masks of nobody": ({"weight_masks": {"other": {}}}, "masks for 'other'"),
     "a name with a slash": ({"networks": {"a/b": net()}}, "without slashes"),
+    "a name that is too long": ({"networks": {"a" * 101: net()}}, "1 to 100 letters"),
+    "a mask of no weight": ({"weight_masks": {"dense": {"x": torch.ones(2).bool()}}}, "The mask 'x' of 'dense'"),
+    "a mask of another shape": (
+        {"weight_masks": {"dense": {"stem.0.weight": torch.ones(1, 3, 1, 1).bool()}}},
+        r"expected torch.bool and the shape of that parameter, \(8, 3, 3, 3\)",
+    ),
+    "a mask of numbers": ({"weight_masks": {"dense": {"stem.0.weight": torch.ones(8, 3, 3, 3)}}}, "torch.float32"),
     "too many maps": ({"source": boxes(), "maps": 9}, "9 feature maps were asked for"),
 }
 

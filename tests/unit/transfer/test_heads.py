@@ -47,8 +47,21 @@ def test_a_detector_reads_the_pruned_network_trains_it_and_finds_boxes(head: str
         (found, _) = made.eval()(list(batch()[0].unbind()))
     assert {"boxes", "labels", "scores"} == set(found)
     assert found["boxes"].shape[1] == 4
-    if len(found["boxes"]):
-        assert float(found["boxes"][:, [0, 2]].max()) <= SIZE[1]
+
+
+def test_the_boxes_of_ssdlite_have_their_centres_all_over_the_image() -> None:
+    made = npe.detector(network(), SIZE, 2, head="ssdlite")
+    images, _ = batch()
+    inside, _ = made.transform(list(images.unbind()))
+    features = list(made.backbone(inside.tensors).values())
+
+    (boxes, _) = made.anchor_generator(inside, features)
+
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    (down, across) = SIZE
+    assert across - 8 < float(centres[:, 0].max()) < across
+    assert down - 8 < float(centres[:, 1].max()) < down
+    assert tuple(inside.tensors.shape[2:]) == SIZE
 
 
 def test_a_detector_scales_nothing_and_normalises_as_the_network_was_trained() -> None:
