@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nni_prune_ext as npe
+from nni_prune_ext.checkpoints import Checkpoints, fingerprint
 from nni_prune_ext.data.batches import BatchLoader
 from nni_prune_ext.data.detection import open_detection
 from nni_prune_ext.data.image_arrays import DataSource, ImageArrays
@@ -139,6 +140,8 @@ def main() -> None:
         write_text(results / "reconstruction_cost.json", json.dumps(cost(options), indent=1) + "\n")
         return
     out = results / f"reconstruction_{options.plan.replace('-', '_')}.jsonl"
+    if options.weights is None:
+        raise SystemExit("error: --weights is missing, expected the weights of the dense network.")
     bench = Bench(options)
     seeds = range(PLANS[options.plan].seeds) if options.seed is None else [options.seed]
     for seed in seeds:
@@ -197,8 +200,10 @@ class Bench:
         own = self.plan
         self.source = cifar(options, own) if "resnet" in own.model else imagenet(options, own)
         self.dense = npe.build_model(
-            own.model, num_classes=len(self.source.class_names), weights=Path(options.weights)
+            own.model, num_classes=len(self.source.class_names), weights=options.weights
         ).to(options.device).eval()  # fmt: skip
+        told = {"weights": fingerprint(self.dense), "plan": repr(replace(own, cells=(), tasks={}, seeds=0))}
+        Checkpoints(self.work / "identity", told).claim()  # tickets of another network or setting are not taken
         self.example = torch.zeros(1, 3, own.size, own.size, device=options.device)
         self.settings = TrainingSettings(learning_rate=own.learning_rate, **TRAINING)
         self.batch = 32 if own.size > 64 else 128
@@ -541,15 +546,16 @@ def overlaps(rows: list[dict]) -> Iterator[str]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Returns the finished cells of a file, none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the finished cells of a file, none if it is not there; a line that was cut off by a kill is dropped."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=list(PLANS), default="mobilenet_v2")
     parser.add_argument("--data", default=".", help="cifar10:ROOT, or a folder with one folder per ImageNet class")
-    parser.add_argument("--weights", help="safetensors or state dict of the dense network")
+    parser.add_argument("--weights", type=Path, help="safetensors or state dict of the dense network")
     parser.add_argument("--bccd", default="bccd", help="PASCAL VOC folder of the blood cells")
     parser.add_argument("--flowers", default="flowers", help="image folder of the flowers")
     parser.add_argument("--only", help="run the cells whose key contains this")

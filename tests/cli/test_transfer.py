@@ -182,6 +182,22 @@ def test_every_option_of_the_training_reaches_it(place: Path, tmp_path: Path) ->
     assert ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) == (facts["mean"], facts["std"])
 
 
+def test_two_processes_write_one_comparison(place: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "nni_prune_ext",
+        "transfer", str(place / "dense"), "--data", f"imagefolder:{place / 'images'}", "--out", "out", "--batch-size",
+        "4", "--json", *QUICK,
+    ]  # fmt: skip
+
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    assert 0 == found.returncode, found.stderr
+    assert 1 == sum('"event": "done"' in line for line in found.stdout.splitlines()), "one process speaks"
+    assert {"dense-seed0.safetensors", "report.html", "state", "transfer.json"} == {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
 def test_a_folder_may_be_called_like_a_target_and_names_are_shown_as_they_are(place: Path, tmp_path: Path) -> None:
     found = run(
         "macs=0.5", "lambda[low]=l1", "--data", "imagefolder:images", "--out", tmp_path / "out", *QUICK, cwd=place
