@@ -408,6 +408,12 @@ def imagenet(options: argparse.Namespace, plan: Plan) -> DataSource:
     return DataSource("imagenet", train, test, test, names, (3, plan.size, plan.size), plan.mean, plan.std, "crop_flip")
 
 
+def overlap(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    """Returns intersection over union of the weights that two tickets masked."""
+    common = sum(int((~one[name] & ~two[name]).sum()) for name in one)
+    return common / sum(int((~one[name] | ~two[name]).sum()) for name in one)
+
+
 def bits(gone: tuple[int, ...], width: int) -> str:
     """Returns the removed channels of a layer as hexadecimal digits, with the width."""
     return f"{width}:{sum(1 << channel for channel in gone):x}"
@@ -532,6 +538,14 @@ def differences(rows: list[dict], plan: Plan) -> Iterator[str]:
 
 def overlaps(rows: list[dict]) -> Iterator[str]:
     """Yields how far two tickets removed the same channels: intersection over union, all layers together."""
+    for row in rows:
+        if "overlap_with_lambda0" in row:
+            yield (
+                f"\n{row['target']}, seed {row['seed']}: masked weights that ``lambda10`` and ``lambda0`` have in "
+                f"common, intersection over union: {row['overlap_with_lambda0']:.3f}"
+            )
+    if not any(row.get("removed") for row in rows):
+        return
     yield "\nRemoved channels in common (intersection over union), ``lambda10`` and the other:\n"
     tickets = {(r["target"], r["arm"], r["seed"]): r["removed"] for r in rows if r["task"] == "ticket" and r["removed"]}
     for (target, arm, seed), other in tickets.items():
