@@ -226,9 +226,11 @@ class Bench:
         if own.plan is not None:
             row["removed"] = {root: bits(gone, own.plan.widths[root]) for root, gone in own.plan.removed.items()}
         if own.masks:
-            row["masked"] = 1 - sum(int(m.sum()) for m in own.masks.values()) / sum(
-                m.numel() for m in own.masks.values()
-            )
+            gone = sum(int((~mask).sum()) for mask in own.masks.values())
+            row["masked"] = gone / sum(mask.numel() for mask in own.masks.values())
+            row["params"] -= gone / dense.params
+            if cell.arm == "lambda10":
+                row["overlap_with_lambda0"] = overlap(own.masks, self.ticket(replace(cell, arm="lambda0")).masks)
         if self.plan.tune_epochs:
             tuned = copy.deepcopy(own.model)
             npe.fit(tuned, self.train(cell.seed), epochs=self.plan.tune_epochs, settings=self.settings, seed=cell.seed,
