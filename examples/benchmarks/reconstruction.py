@@ -491,9 +491,9 @@ def summary(results: Path) -> Iterator[str]:
 
 def table(rows: list[dict], plan: Plan) -> Iterator[str]:
     """Yields one line per target and arm."""
-    columns = ["own_task", *(["own_task_trained"] if plan.tune_epochs else []), *plan.tasks]
+    columns = columns_of(plan)
     titles = {"own_task": "own task, untrained", "own_task_trained": f"own task, {plan.tune_epochs} epochs",
-              "bccd": "blood cells, AP"}  # fmt: skip
+              "bccd": "blood cells, AP", "bccd:AP RBC": "red cells alone, AP"}  # fmt: skip
     yield (
         "| target | ticket | MACs | parameters | error rebuilt | "
         + " | ".join(titles.get(c, c) for c in columns)
@@ -511,9 +511,15 @@ def table(rows: list[dict], plan: Plan) -> Iterator[str]:
 
 def scores(rows: list[dict], target: str, arm: str, column: str) -> dict[int, float]:
     """Returns seed → score of a ticket in a column."""
-    task = "ticket" if column.startswith("own_task") else column
+    task, _, metric = ("ticket", "", column) if column.startswith("own_task") else column.partition(":")
     found = [row for row in rows if (row["target"], row["arm"], row["task"]) == (target, arm, task)]
-    return {row["seed"]: row[column if task == "ticket" else row["metric"]] for row in found}
+    return {row["seed"]: row[metric or row["metric"]] for row in found}
+
+
+def columns_of(plan: Plan) -> list[str]:
+    """Returns what is compared; beside the mean over classes the one that most boxes are of."""
+    tasks = [own for task in plan.tasks for own in ([task, "bccd:AP RBC"] if task == "bccd" else [task])]
+    return ["own_task", *(["own_task_trained"] if plan.tune_epochs else []), *tasks]
 
 
 def spread(values: list[float]) -> str:
@@ -527,9 +533,7 @@ def differences(rows: list[dict], plan: Plan) -> Iterator[str]:
     for target in dict.fromkeys(target for target, _ in plan.cells if target != "none"):
         for arm in dict.fromkeys(arm for _, arm in plan.cells if arm not in ("dense", "lambda10")):
             parts = []
-            for column in (
-                ("own_task", "own_task_trained", *plan.tasks) if plan.tune_epochs else ("own_task", *plan.tasks)
-            ):
+            for column in columns_of(plan):
                 ours, other = (scores(rows, target, own, column) for own in ("lambda10", arm))
                 paired = [100 * (ours[seed] - other[seed]) for seed in ours if seed in other]
                 if paired:
