@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nni_prune_ext.report.facts import RunReport
 from nni_prune_ext.report.page_parts import Chart, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HIGHEST = 320
 """Pictures of more rows are scaled down to so many."""
@@ -17,6 +18,8 @@ _HIGHEST = 320
 
 def png_text(picture: Tensor) -> str:
     """Returns a picture, ``(C, H, W)`` uint8 with 1 or 3 channels, as PNG in base64."""
+    from PIL import Image  # imported here because reports are read more often than written
+
     shown = Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).contiguous().cpu().numpy())
     if shown.height > _HIGHEST:
         shown = shown.resize((max(round(shown.width * _HIGHEST / shown.height), 1), _HIGHEST), Image.Resampling.LANCZOS)

@@ -61,4 +61,6 @@ def detection_metric() -> Any:
             f"Average precision needs torchmetrics and pycocotools, of which one cannot be imported ({error}). Run: "
             "pip install 'nni_prune_ext[detection]'"
         ) from error
-    return made(class_metrics=True, backend="pycocotools")
+    metric = made(class_metrics=True, backend="pycocotools")
+    metric.warn_on_many_detections = False  # those beyond the 100 best count for nothing, as in COCO
+    return metric
