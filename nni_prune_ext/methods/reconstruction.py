@@ -11,10 +11,10 @@ the trained weights; a fifth of what is left goes in every round, so that ``spar
 schedule exactly, and other targets are approached in the same proportions. Masked weights stay zero in training.
 
 Channels (``macs``, ``params``, ``memory``, ``ratio`` targets) are ours: the same rounds over channel groups, ranked by
-the root mean square of all trained weights that hold a channel, or by the effect of a gate on the joint loss. Channels
-are really removed in every round, and the decoder keeps reading the shrinking network: the channels that are left stand
-at their old places, zeros elsewhere. Tickets of channels are far harsher than those of single weights at the same
-share.
+the effect of a gate on the joint loss, or by the root mean square of all trained weights that hold a channel: the
+published rule, which fails under MACs. Channels are really removed in every round, and the decoder keeps reading the
+shrinking network: the channels that are left stand at their old places, zeros elsewhere. Tickets of channels
+are far harsher than those of single weights at the same share.
 
 Departures from the paper: the layers of the decoder (see ``reconstruction_decoder``); the reconstruction error is the
 mean over all pixels, not their sum, which at a weight of 10 would drown the task loss; learning rate and its course are
