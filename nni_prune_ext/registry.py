@@ -29,6 +29,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = MappingProxyType(
                 "l2": "nni_prune_ext.methods.baselines:L2",
                 "lottery_jackpots": "nni_prune_ext.methods.lottery_jackpots:LOTTERY_JACKPOTS",
                 "psap": "nni_prune_ext.methods.psap:PSAP",
+                "ftwt": "nni_prune_ext.methods.ftwt:FTWT",
                 "reconstruction": "nni_prune_ext.methods.reconstruction:RECONSTRUCTION",
                 "random": "nni_prune_ext.methods.baselines:RANDOM",
                 "taylor": "nni_prune_ext.methods.baselines:TAYLOR",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -88,7 +88,7 @@ def load_gated(
     if builder is None:
         raise _not_rebuilt(folder, manifest.method.name if manifest.method else "unknown", spec)
     example = _example_of(folder) if example_inputs is None else example_inputs
-    gated = builder(load_pruned(model, folder, example), example)
+    gated = builder(load_pruned(model, folder, example), example, read_tensors(folder / GATED))
     load_weights(gated, folder / GATED)
     check_finite(gated, source=f"'{folder / GATED}'")
     return gated
@@ -125,7 +125,8 @@ def check_rebuilds(
     builder = _gated_builder(method)
     if builder is None:
         return
-    rebuilt, own = builder(copy.deepcopy(model), example_inputs).state_dict(), gated_model.state_dict()
+    own = gated_model.state_dict()
+    rebuilt = builder(copy.deepcopy(model), example_inputs, own).state_dict()
     differing = sorted(
         name for name in own.keys() | rebuilt.keys() if _shape(own.get(name)) != _shape(rebuilt.get(name))
     )
@@ -140,7 +141,7 @@ def check_rebuilds(
 
 def _gated_builder(
     method: MethodUse | None, spec: MethodSpec | None = None
-) -> Callable[[nn.Module, ExampleInputs], nn.Module] | None:
+) -> Callable[[nn.Module, ExampleInputs, Mapping[str, Tensor]], nn.Module] | None:
     """Returns what makes a method's gated network around a compact model; ``None`` where nobody says how."""
     spec = spec or (_registered(method.name) if method else None)
     if method is None or spec is None or spec.build_gated is None:
@@ -155,7 +156,7 @@ def _gated_builder(
             f"({'.'.join(str(part) for part in first['loc'])}: {first['msg']}), expected those of its own version. "
             "Install the version that the manifest was written with."
         ) from error
-    return lambda compact, example: build(compact, options, example)
+    return lambda compact, example, tensors: build(compact, options, example, tensors)
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

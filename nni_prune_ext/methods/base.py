@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nni_prune_ext.allocation import Allocation
+from nni_prune_ext.allocation import Allocation, Limits
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.plan import PruningPlan
@@ -83,6 +83,8 @@ class MethodContext(Protocol):
     progress: float
     """Share of all epochs of the method that are done, 0–1."""
     seed: int
+    limits: Limits
+    """What no plan may exceed; ``allocate`` keeps to them by itself."""
 
     @property
     def unit(self) -> Unit:
@@ -203,8 +205,9 @@ class MethodSpec:
             a schedule of their own (NNI's pruners, torch-pruning's ``BasePruner``) call it as often as they like. It
             looks at ``model``, ``groups``, ``seed``, ``batches`` and ``task_loss`` of the context, and changes nothing.
         score_options: the options that ``scores`` depends on.
-        build_gated: builds the gated network around a compact model with the same configuration and example inputs; its
-            weights are then loaded from the artefact. Needed where ``products`` names a gated model.
+        build_gated: builds the gated network around a compact model with the same configuration and example inputs, and
+            with the tensors of the artefact to read sizes from; its weights are then loaded. Needed where ``products``
+            names a gated model.
         demo_options: configuration for a run of about ten seconds on a small network.
     """
 
@@ -219,5 +222,5 @@ class MethodSpec:
     products: frozenset[Product] = frozenset({"plan"})
     scores: Callable[[MethodContext, Any], Mapping[str, Tensor]] | None = None
     score_options: frozenset[str] = frozenset()
-    build_gated: Callable[[nn.Module, Any, ExampleInputs], nn.Module] | None = None
+    build_gated: Callable[[nn.Module, Any, ExampleInputs, Mapping[str, Tensor]], nn.Module] | None = None
     demo_options: Mapping[str, object] = field(default_factory=dict)

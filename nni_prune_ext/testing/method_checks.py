@@ -176,7 +176,8 @@ def _check_result(bench: Bench, result: PruneResult) -> None:
     if outcome.gated_model is not None:
         _require(bench.spec.build_gated is not None, "A method with a gated model says how to build it again.")
         assert bench.spec.build_gated is not None
-        again = bench.spec.build_gated(copy.deepcopy(result.model), bench.configured(), bench.example)
+        own = outcome.gated_model.state_dict()
+        again = bench.spec.build_gated(copy.deepcopy(result.model), bench.configured(), bench.example, own)
         shapes = [{n: t.shape for n, t in net.state_dict().items()} for net in (again, outcome.gated_model)]
         _require(shapes[0] == shapes[1], "build_gated makes the gated network around the compact model again.")
         output = call_model(copy.deepcopy(outcome.gated_model), bench.example)

@@ -96,7 +96,9 @@ def place(model: nn.Module, gates: nn.ModuleList, groups: ChannelGroups) -> list
     ]
 
 
-def build_gated(compact: nn.Module, options: Options, example_inputs: ExampleInputs) -> GatedModel:
+def build_gated(
+    compact: nn.Module, options: Options, example_inputs: ExampleInputs, tensors: Mapping[str, Tensor]
+) -> GatedModel:
     groups = trace_channel_groups(compact, example_inputs)
     return GatedModel(compact, nn.ModuleList(nn.Linear(g.num_channels, g.num_channels) for g in groups), groups)
 

@@ -53,7 +53,7 @@ GATED = MethodSpec(
     GateOptions,
     lambda options: PruningMethod(),
     products=frozenset({"plan", "gated_model"}),
-    build_gated=lambda model, options, example: Gated(model, options.hidden),
+    build_gated=lambda model, options, example, tensors: Gated(model, options.hidden),
 )
 
 

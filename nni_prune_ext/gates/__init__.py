@@ -1,0 +1,8 @@
+"""Gates that switch channels per input: heads that predict masks, their targets, and what they save."""
+
+from nni_prune_ext.gates.estimates import GatingEstimate as GatingEstimate
+from nni_prune_ext.gates.estimates import estimate_gating as estimate_gating
+from nni_prune_ext.gates.estimates import solve_mass as solve_mass
+from nni_prune_ext.gates.expected_macs import ExpectedMacs as ExpectedMacs
+from nni_prune_ext.gates.expected_macs import expected_macs as expected_macs
+from nni_prune_ext.gates.gated_network import GatedNetwork as GatedNetwork

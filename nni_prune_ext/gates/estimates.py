@@ -1,0 +1,242 @@
+"""What gating would save, before any training: the rule for targets applied to the trained dense network.
+
+*Open loop*: targets are computed and not applied; one pass serves any number of masses. *Closed loop*: they are
+applied, so later layers see switched inputs: the network that perfect heads would make of untrained weights. Trained
+gates differ: heads err, and the network moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.gates.expected_macs import ExpectedMacs
+from nni_prune_ext.gates.firing import FiringCounter, LayerFiring
+from nni_prune_ext.gates.firing_targets import mass_targets, uniform_targets
+from nni_prune_ext.gates.gated_network import GatedNetwork, Gates, Masks, Targets
+from nni_prune_ext.gates.placement import chosen_places, mac_counter, new_gates
+from nni_prune_ext.graph.gate_places import GateFlow, trace_gate_flow
+from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.inputs import ExampleInputs
+
+Run = Callable[[Any], object]
+"""Runs the network on one batch."""
+
+MASSES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class GatingEstimate:
+    """What one mass would save.
+
+    Attributes:
+        mass: share of the heat that is kept (``r`` in the paper), or of the units that go for uniform targets.
+        open_loop: MACs with targets computed on the dense network.
+        closed_loop: MACs with targets applied; ``None`` if not asked for.
+        accuracy: of the closed loop, by the metric given: the ceiling for perfect heads without training.
+    """
+
+    mass: float
+    open_loop: ExpectedMacs
+    closed_loop: ExpectedMacs | None = None
+    accuracy: float | None = None
+
+
+class GateProbe:
+    """Runs a network with gates on it over the same batches, and counts; the network is left as it was."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        flow: GateFlow,
+        gates: Gates,
+        run: Run,
+        batches: Sequence[object],
+        *,
+        data: str = "training images",
+        dense: int | None = None,
+    ) -> None:
+        self.model, self.gates, self.run, self.batches, self.data = model, gates, run, batches, data
+        self._counter = partial(mac_counter, model, example_inputs, flow, gates, dense=dense)
+
+    def measured(self, masks: Masks, targets: Targets | None = None) -> tuple[ExpectedMacs, dict[str, LayerFiring]]:
+        """Returns MACs and firing with these masks."""
+        counter, firing = self._counter(), FiringCounter()
+        for _ in self.passes(masks, targets):
+            opened = self.gates.open_channels()
+            counter.add(opened)
+            firing.add(opened)
+        return counter.result(self.data), firing.result()
+
+    def heats(self) -> dict[str, Tensor]:
+        """Returns layer → heat of every unit for every image with all gates open, ``(images, U)`` on the CPU."""
+        parts: dict[str, list[Tensor]] = {place.layer: [] for place in self.gates.places}
+        for _ in self.passes("open", torch.ones_like):
+            for layer, own in self.gates.heats.items():
+                parts[layer].append(own.cpu())
+        return {layer: torch.cat(own) for layer, own in parts.items()}
+
+    def open_loop(self, rules: Sequence[Targets]) -> list[ExpectedMacs]:
+        """Returns the MACs of several rules for targets, from one pass with all gates open."""
+        counters = [self._counter() for _ in rules]
+        for _ in self.passes("open", torch.ones_like):
+            for rule, counter in zip(rules, counters):
+                wanted = {layer: rule(own) for layer, own in self.gates.heats.items()}
+                counter.add({layer: own[:, self.gates.head(layer).units] for layer, own in wanted.items()})
+        return [counter.result(self.data) for counter in counters]
+
+    def passes(self, masks: Masks, targets: Targets | None = None) -> Iterator[None]:
+        """Runs all batches with these masks; after each, the gates hold what they saw."""
+        with untouched(self.model), torch.no_grad(), _set(self.gates, masks, targets), self.gates.on(self.model):
+            for batch in self.batches:
+                self.run(batch)
+                if len(self.gates.opened) != len(self.gates.places):
+                    missing = next(p.layer for p in self.gates.places if p.layer not in self.gates.opened)
+                    raise ConfigError(
+                        f"The gated layer '{missing}' did not run on a batch, expected every gated layer to run once "
+                        "per forward pass. Name the layers to gate without it."
+                    )
+                yield
+
+
+def rule_of(mass: float, *, uniform: bool = False) -> Targets:
+    """Returns the rule for targets of a mass, or of a share of units that goes."""
+    return partial(uniform_targets, removed=mass) if uniform else partial(mass_targets, mass=mass)
+
+
+def estimate_gating(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    batches: Iterable[object],
+    *,
+    masses: Sequence[float] = MASSES,
+    layers: Sequence[str] | None = None,
+    uniform: bool = False,
+    closed_loop: bool = True,
+    run: Callable[[nn.Module, Any], object] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    data: str = "training images",
+) -> list[GatingEstimate]:
+    """Says what gates would save for a grid of masses, before any training; the model is left as it was.
+
+    Args:
+        model: a trained dense network.
+        batches: a few hundred images or more; batches of ``(images, labels)`` unless ``run`` says otherwise.
+        layers: names or patterns of the layers to gate; the usual places by default.
+        uniform: masses are the share of the units that goes, the same in every layer and for every image.
+        closed_loop: also run with the targets applied, once per mass.
+        run: runs the model on one batch.
+        evaluate: a metric of a network, for the accuracy of the closed loop.
+        data: name of the images.
+
+    Raises:
+        ConfigError: no batch, no place for a gate, or a mass out of range.
+        ModelError, TraceError: the model cannot be followed.
+    """
+    probe = _probe(model, example_inputs, batches, layers, run, data)
+    for mass in masses:
+        check_mass(mass, uniform=uniform)
+    rules = [rule_of(mass, uniform=uniform) for mass in masses]
+    result = []
+    for mass, rule, opened in zip(masses, rules, probe.open_loop(rules)):
+        closed = probe.measured("targets", rule)[0] if closed_loop else None
+        metric = None
+        if evaluate is not None and closed_loop:
+            with untouched(model), _set(probe.gates, "targets", rule):
+                metric = evaluate(GatedNetwork(model, probe.gates).eval())
+        result.append(GatingEstimate(mass, opened, closed, metric))
+    return result
+
+
+def solve_mass(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    batches: Iterable[object],
+    macs: float,
+    *,
+    layers: Sequence[str] | None = None,
+    run: Callable[[nn.Module, Any], object] | None = None,
+) -> float:
+    """Returns the mass with which perfect heads would use a share ``macs`` (0–1) of the dense MACs (closed loop).
+
+    Raises:
+        ConfigError: no batch, no place for a gate, or a share that no mass reaches.
+    """
+    return solved_mass(_probe(model, example_inputs, batches, layers, run, "training images"), macs)
+
+
+def solved_mass(probe: GateProbe, macs: float, *, steps: int = 10) -> float:
+    """Returns the mass at which a probe's closed loop uses a share of the dense MACs, by bisection to 1/1024.
+
+    Raises:
+        ConfigError: a share that no mass reaches.
+    """
+    low, high = 0.0, 1.0
+    least, most = (probe.measured("targets", rule_of(mass))[0].share for mass in (low, high))
+    if not least <= macs <= most:
+        raise ConfigError(
+            f"Gates cannot bring the expected MACs to {macs:.3g} of the dense network, expected {least:.3g} to "
+            f"{most:.3g} here: ungated layers and heads remain, and one unit per layer always runs. Ask for a share in "
+            "this range, or gate other layers."
+        )
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if probe.measured("targets", rule_of(middle))[0].share <= macs:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def check_mass(mass: float, *, uniform: bool = False) -> None:
+    """Refuses masses out of range.
+
+    Raises:
+        ConfigError: it is not 0–1.
+    """
+    if not 0 <= mass <= 1 or (uniform and mass == 1):
+        what = "share of the units that goes" if uniform else "mass"
+        raise ConfigError(
+            f"The {what} is {mass}, expected 0–1{' without 1' if uniform else ''}. 0.9 keeps the filters that hold "
+            "nine tenths of the heat."
+        )
+
+
+def _probe(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    batches: Iterable[object],
+    layers: Sequence[str] | None,
+    run: Callable[[nn.Module, Any], object] | None,
+    data: str,
+) -> GateProbe:
+    given = list(batches)
+    if not given:
+        raise ConfigError("The estimate got no batch, expected some hundred images. Pass batches of (images, labels).")
+    flow = trace_gate_flow(model, example_inputs)
+    gates = new_gates(chosen_places(flow, layers, model=type(model).__name__)).to(next(model.parameters()).device)
+    call = partial(run or _run_on_images, model)
+    return GateProbe(model, example_inputs, flow, gates, call, given, data=data)
+
+
+def _run_on_images(model: nn.Module, batch: Any) -> object:
+    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(images.to(next(model.parameters()).device))
+
+
+@contextmanager
+def _set(gates: Gates, masks: Masks, targets: Targets | None) -> Iterator[None]:
+    before = gates.masks, gates.targets
+    gates.masks, gates.targets = masks, targets
+    try:
+        yield
+    finally:
+        gates.masks, gates.targets = before
