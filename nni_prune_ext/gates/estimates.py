@@ -22,7 +22,8 @@ from nni_prune_ext.gates.firing import FiringCounter, LayerFiring
 from nni_prune_ext.gates.firing_targets import mass_targets, uniform_targets
 from nni_prune_ext.gates.gated_network import GatedNetwork, Gates, Masks, Targets
 from nni_prune_ext.gates.placement import chosen_places, mac_counter, new_gates
-from nni_prune_ext.graph.gate_places import GateFlow, trace_gate_flow
+from nni_prune_ext.graph.gate_places import GateFlow
+from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import ExampleInputs
 

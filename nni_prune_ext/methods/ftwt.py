@@ -50,7 +50,8 @@ from nni_prune_ext.gates.heads import GateHead
 from nni_prune_ext.gates.placement import chosen_places, new_gates
 from nni_prune_ext.gates.prediction import PredictionCounter
 from nni_prune_ext.gates.static_core import ReachCounter, leak
-from nni_prune_ext.graph.gate_places import Activation, GateFlow, GatePlace, trace_gate_flow
+from nni_prune_ext.graph.gate_places import Activation, GateFlow, GatePlace
+from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.methods.base import Batch, JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.ftwt_options import FtwtOptions
