@@ -117,6 +117,20 @@ def export_onnx(
     return ExportResult(path, data_path, used, reason, written, parity, size_bytes)
 
 
+def published(proto: onnx.ModelProto, path: Path, model: nn.Module) -> int:
+    """Writes a checked graph under its name, complete or not at all; returns its size in bytes.
+
+    Raises:
+        ExportError: the graph is not valid ONNX.
+        OutputError: the file cannot be written.
+    """
+    with _temporary_folder_beside(path) as folder:
+        _write(proto, folder / path.name, model)
+        size_bytes = sum(part.stat().st_size for part in folder.iterdir())
+        _publish(folder, path)
+    return size_bytes
+
+
 @contextmanager
 def _temporary_folder_beside(path: Path) -> Iterator[Path]:
     """Yields a folder on the file system of the target, so that moving a file out of it is atomic."""

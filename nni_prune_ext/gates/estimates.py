@@ -85,6 +85,24 @@ class GateProbe:
                 parts[layer].append(own.cpu())
         return {layer: torch.cat(own) for layer, own in parts.items()}
 
+    def scale_heads(self) -> None:
+        """Scales what heads without a softmax read: the mean of the pooled input of a layer becomes a quarter."""
+        sums: dict[str, list[Tensor]] = {place.layer: [] for place in self.gates.places}
+        handles = [
+            self.model.get_submodule(place.layer).register_forward_pre_hook(
+                lambda _, args, head=head, own=sums[place.layer]: own.append(head.pooled(args[0]).mean())
+            )
+            for place, head in zip(self.gates.places, self.gates.all_heads())
+        ]
+        try:
+            for _ in self.passes("open"):
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for place, head in zip(self.gates.places, self.gates.all_heads()):
+            head.scale.copy_(0.25 / torch.stack(sums[place.layer]).mean().clamp(min=1e-6))
+
     def open_loop(self, rules: Sequence[Targets]) -> list[ExpectedMacs]:
         """Returns the MACs of several rules for targets, from one pass with all gates open."""
         counters = [self._counter() for _ in rules]
@@ -157,6 +175,31 @@ def estimate_gating(
     return result
 
 
+def measure_gating(
+    network: GatedNetwork,
+    example_inputs: ExampleInputs,
+    batches: Iterable[object],
+    *,
+    dense: int | None = None,
+    data: str = "test images",
+) -> tuple[ExpectedMacs, dict[str, LayerFiring]]:
+    """Returns what a gated network costs and how its filters fire over a set of images; it is left as it was.
+
+    Args:
+        batches: of images, or of ``(images, labels)``.
+        dense: MACs per image that shares refer to; those of the network without gates by default.
+        data: name of the images.
+
+    Raises:
+        ConfigError: no batch.
+    """
+    flow, call = trace_gate_flow(network.model, example_inputs), partial(_run_on_images, network.model)
+    given = _checked(batches)
+    return GateProbe(network.model, example_inputs, flow, network.gates, call, given, data=data, dense=dense).measured(
+        "predicted"
+    )
+
+
 def solve_mass(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -219,13 +262,18 @@ def _probe(
     run: Callable[[nn.Module, Any], object] | None,
     data: str,
 ) -> GateProbe:
-    given = list(batches)
-    if not given:
-        raise ConfigError("The estimate got no batch, expected some hundred images. Pass batches of (images, labels).")
+    given = _checked(batches)
     flow = trace_gate_flow(model, example_inputs)
     gates = new_gates(chosen_places(flow, layers, model=type(model).__name__)).to(next(model.parameters()).device)
     call = partial(run or _run_on_images, model)
     return GateProbe(model, example_inputs, flow, gates, call, given, data=data)
+
+
+def _checked(batches: Iterable[object]) -> list[object]:
+    given = list(batches)
+    if not given:
+        raise ConfigError("There is no batch, expected some hundred images. Pass batches of (images, labels).")
+    return given
 
 
 def _run_on_images(model: nn.Module, batch: Any) -> object:

@@ -22,26 +22,37 @@ class GateHead(nn.Module):
     Softmax sees closed channels: each adds exp(0) to its denominator. When channels are removed that were never open,
     one virtual input of value ``log(count)``, whose weights are the mean of theirs, stands for them, exactly.
 
+    Without softmax (an option of the released code, too) the pooled values, scaled by a constant, are read as they are.
+
     Attributes:
         weight: ``(U, C_in + 1)``, the last column being that of the virtual input.
         bias: ``(U,)``.
         removed: how many inputs the virtual one stands for, ``()`` float32; 0 takes it out of the softmax.
         units: unit of every filter, ``(C_out,)`` int64.
+        scale: what pooled values are multiplied by where there is no softmax, ``()`` float32.
     """
 
     def __init__(
-        self, inputs: int, units: Tensor | Sequence[int], *, pool: Pool = "max", detached: bool = True
+        self,
+        inputs: int,
+        units: Tensor | Sequence[int],
+        *,
+        pool: Pool = "max",
+        detached: bool = True,
+        softmax: bool = True,
     ) -> None:
         super().__init__()
         members = torch.as_tensor(units, dtype=torch.int64)
         count = int(members.max()) + 1
-        self.pool, self.detached = pool, detached
+        self.pool, self.detached, self.softmax = pool, detached, softmax
         self.weight = nn.Parameter(torch.empty(count, inputs + 1))
         self.bias = nn.Parameter(torch.empty(count))
         self.removed: Tensor
         self.units: Tensor
+        self.scale: Tensor
         self.register_buffer("removed", torch.zeros(()))
         self.register_buffer("units", members)
+        self.register_buffer("scale", torch.ones(()))
         self.reset(safe_start=True)
 
     @property
@@ -56,16 +67,24 @@ class GateHead(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
         with torch.no_grad():
             self.weight[:, -1] = 0
-            if safe_start:  # softmax weighs the inputs by shares that sum to 1, so a logit is at least bias - bound
+            if safe_start and self.softmax:  # shares of the inputs sum to 1, so a logit is at least bias - bound
                 self.bias.fill_(2 * bound)
+            elif safe_start:
+                self.weight.zero_()
+                self.bias.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits ``(N, U)`` in float32 for the input ``(N, C_in, H, W)`` of the layer."""
-        x = x.detach() if self.detached else x
-        pooled = (x.amax((2, 3)) if self.pool == "max" else x.mean((2, 3))).float()
+        pooled = self.pooled(x.detach() if self.detached else x)
         with torch.autocast(x.device.type, enabled=False):
+            if not self.softmax:
+                return functional.linear(pooled * self.scale, self.weight[:, :-1], self.bias)
             virtual = self.removed.log().expand(len(pooled), 1)
             return functional.linear(torch.cat([pooled, virtual], 1).softmax(1), self.weight, self.bias)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Returns the largest or the mean value of every input channel, ``(N, C_in)`` float32."""
+        return (x.amax((2, 3)) if self.pool == "max" else x.mean((2, 3))).float()
 
     def cut(self, inputs: Tensor, filters: Tensor) -> GateHead:
         """Returns the head of the layer after a cut.
@@ -77,7 +96,8 @@ class GateHead(nn.Module):
         units, members = torch.unique(self.units.cpu()[filters], return_inverse=True)
         gone = torch.ones(self.weight.shape[1] - 1, dtype=torch.bool)
         gone[inputs] = False
-        made = GateHead(len(inputs), members, pool=self.pool, detached=self.detached).to(self.weight.device)
+        made = GateHead(len(inputs), members, pool=self.pool, detached=self.detached, softmax=self.softmax)
+        made.to(self.weight.device)
         with torch.no_grad():
             rows = self.weight.detach()[units.to(self.weight.device)]
             total = self.removed + gone.sum().to(self.removed)
@@ -85,6 +105,7 @@ class GateHead(nn.Module):
             made.weight.copy_(torch.cat([rows[:, inputs.to(rows.device)], (lost / total.clamp(min=1))[:, None]], 1))
             made.bias.copy_(self.bias.detach()[units.to(rows.device)])
             made.removed.copy_(total)
+            made.scale.copy_(self.scale)
         made.requires_grad_(self.weight.requires_grad)
         return made
 

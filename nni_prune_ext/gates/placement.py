@@ -45,7 +45,12 @@ def chosen_places(flow: GateFlow, patterns: Sequence[str] | None = None, *, mode
 
 
 def new_gates(
-    places: Sequence[GatePlace], *, pool: Pool = "max", detached: bool = True, units: Mapping[str, Tensor] | None = None
+    places: Sequence[GatePlace],
+    *,
+    pool: Pool = "max",
+    detached: bool = True,
+    softmax: bool = True,
+    units: Mapping[str, Tensor] | None = None,
 ) -> Gates:
     """Returns fresh gates that begin open for every image.
 
@@ -54,7 +59,13 @@ def new_gates(
     """
     given = units or {}
     heads = [
-        GateHead(own.inputs, given.get(own.layer, torch.arange(own.channels)), pool=pool, detached=detached)
+        GateHead(
+            own.inputs,
+            given.get(own.layer, torch.arange(own.channels)),
+            pool=pool,
+            detached=detached,
+            softmax=softmax,
+        )
         for own in places
     ]
     return Gates(places, heads)

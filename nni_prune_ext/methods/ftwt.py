@@ -183,7 +183,7 @@ class Ftwt(PruningMethod):
 
     def _fresh(self, places: Sequence[GatePlace], units: Mapping[str, Tensor]) -> Gates:
         own = self.options
-        gates = new_gates(places, pool=own.pool, detached=own.mode == "decoupled", units=units)
+        gates = new_gates(places, pool=own.pool, detached=own.mode == "decoupled", softmax=own.softmax, units=units)
         return gates.requires_grad_(own.selection == "input")
 
     def _begin(self, context: MethodContext) -> None:
@@ -199,6 +199,8 @@ class Ftwt(PruningMethod):
         if self.options.block > 1:
             self.gates = self._fresh(places, self._blocks(context, probe)).to(device)
             probe = self._probe(context, flow, batches)
+        if not self.options.softmax:
+            probe.scale_heads()
         if not self.options.safe_start:
             for head in self.gates.all_heads():
                 head.reset(safe_start=False)
@@ -333,9 +335,9 @@ def build_gated(
     flow = trace_gate_flow(compact, example_inputs)
     places = chosen_places(flow, options.patterns, model=type(compact).__name__)
     units = {place.layer: tensors[f"gates.heads.{k}.units"] for k, place in enumerate(places)}
-    return GatedNetwork(
-        compact, new_gates(places, pool=options.pool, detached=options.mode == "decoupled", units=units)
-    )
+    detached = options.mode == "decoupled"
+    gates = new_gates(places, pool=options.pool, detached=detached, softmax=options.softmax, units=units)
+    return GatedNetwork(compact, gates)
 
 
 FTWT = MethodSpec(

@@ -64,6 +64,11 @@ class FtwtOptions(BaseModel):
         description="how a head pools the input of its layer",
         json_schema_extra={"source": "figure 3: max; the released code: avg"},
     )
+    softmax: bool = Field(
+        default=True,
+        description="heads see the softmax over channels of the pooled input; without, its values scaled by a constant",
+        json_schema_extra={"source": "paper and code: with, an option of the code: without"},
+    )
     targets: Literal["mass", "uniform"] = Field(
         default="mass",
         description="how the filters that an image needs are found: by mass, or equally many in every layer",

@@ -1,0 +1,121 @@
+"""Compares an ONNX file of a gated network with the masked PyTorch network: first the masks, then the outputs.
+
+A mask hangs on a threshold: a difference of 1e-6 in a logit can switch a filter, and then outputs differ with good
+reason. So outputs are compared where all masks agree, and how often they agree is a figure of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor
+
+from nni_prune_ext.errors import ExportError
+from nni_prune_ext.export.gate_graphs import with_masks
+from nni_prune_ext.export.gate_markers import open_name
+from nni_prune_ext.gates.gated_network import GatedNetwork
+from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.inputs import tensors_in
+
+AGREEMENT = 0.999
+"""Smallest share of mask bits that must agree."""
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class GatedParity:
+    """How far an ONNX file is from the masked PyTorch network.
+
+    Attributes:
+        images: how many were compared.
+        bits: mask bits over all images and layers.
+        agreement: share of the bits that agree, 0–1.
+        compared: images on which all bits agree.
+        max_rel: largest ``max|difference| / max|output|`` on these.
+        firing_rate: share of the bits that are open in PyTorch: 0–1 alone would prove little.
+        fail: largest ``max_rel`` that passes.
+        passed: whether enough bits agree, some image could be compared, and outputs are close.
+    """
+
+    images: int
+    bits: int
+    agreement: float
+    compared: int
+    max_rel: float
+    firing_rate: float
+    fail: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the report as JSON-ready values."""
+        return asdict(self)
+
+
+def check_gated_parity(
+    network: GatedNetwork, graph: onnx.ModelProto, images: Tensor, *, batch_size: int | None, fail: float
+) -> GatedParity:
+    """Runs network and graph on the same images; the network is left as it was.
+
+    Args:
+        graph: a mask form or compact form, with one input.
+        images: ``(N, C, H, W)``, real ones.
+        batch_size: images per call; ``None`` gives all at once.
+        fail: largest relative difference that passes.
+
+    Raises:
+        ExportError: the graph does not run.
+    """
+    layers = [place.layer for place in network.gates.places]
+    size = len(images) if batch_size is None else batch_size
+    with untouched(network), torch.no_grad():
+        expected = [own.cpu().numpy() for own in tensors_in(network(images))]
+        masks = {layer: own.cpu().numpy() for layer, own in network.gates.opened.items()}
+    parts = [images[start : start + size].cpu().numpy() for start in range(0, len(images), size)]
+    made = _run(with_masks(graph), parts, [open_name(layer) for layer in layers])
+    same = np.stack([(made[open_name(layer)] == masks[layer]).all(axis=1) for layer in layers]).all(axis=0)
+    hits = sum(int((made[open_name(layer)] == masks[layer]).sum()) for layer in layers)
+    bits = sum(own.size for own in masks.values())
+    outputs = [name for name in made if name not in {open_name(layer) for layer in layers}]
+    worst = max((_relative(one[same], made[name][same]) for one, name in zip(expected, outputs)), default=0.0)
+    agreement = hits / bits
+    return GatedParity(
+        images=len(images),
+        bits=bits,
+        agreement=agreement,
+        compared=int(same.sum()),
+        max_rel=worst,
+        firing_rate=sum(int(own.sum()) for own in masks.values()) / bits,
+        fail=fail,
+        passed=agreement >= AGREEMENT and bool(same.any()) and worst <= fail,
+    )
+
+
+def _run(graph: onnx.ModelProto, parts: Sequence[Array], masks: Sequence[str]) -> dict[str, Array]:
+    onnxruntime = importlib.import_module("onnxruntime")  # not at the top: it is heavy
+    try:
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        port = session.get_inputs()[0].name
+        rows = [session.run(None, {port: part}) for part in parts]
+    except RuntimeError as error:
+        raise ExportError(
+            f"ONNX Runtime does not run the gated graph: {str(error).splitlines()[0]}. Expected a graph for images of "
+            f"shape {parts[0].shape}. Export with the example inputs that the network was built with."
+        ) from error
+    names = [output.name for output in session.get_outputs()]
+    return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(names)}
+
+
+def _relative(expected: Array, found: Array) -> float:
+    one, other = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    if not one.size:
+        return 0.0
+    if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return float("inf")
+    return float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-30))
