@@ -21,31 +21,25 @@ from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import PluginError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
-    GATED,
-    MASKS,
     ONNX,
-    PLAN,
-    WEIGHTS,
     ModelSpec,
     check_unused,
     check_writable,
     complete_or_absent,
 )
-from nni_prune_ext.export.artefact_loading import check_rebuilds
 from nni_prune_ext.export.artefact_loading import load_gated as load_gated
 from nni_prune_ext.export.artefact_loading import load_masks as load_masks
 from nni_prune_ext.export.artefact_loading import load_pruned as load_pruned
+from nni_prune_ext.export.artefact_writing import Artefacts as Artefacts
+from nni_prune_ext.export.artefact_writing import write_artefacts as write_artefacts
 from nni_prune_ext.export.earlier_run import check_replaceable, remove_artefacts, remove_earlier_run
-from nni_prune_ext.export.example_structure import ExampleStructure
-from nni_prune_ext.export.manifest import MethodUse, write_manifest
+from nni_prune_ext.export.manifest import MethodUse
 from nni_prune_ext.export.manifest import add_parts as add_parts
-from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
+from nni_prune_ext.export.onnx_gated import Flavour
 from nni_prune_ext.export.parity import FAIL
-from nni_prune_ext.export.weight_masks import check_finite, check_masks, mask_facts, write_tensors
+from nni_prune_ext.gates import GatedNetwork, measure_gating
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
-from nni_prune_ext.models.weights import save_weights
 from nni_prune_ext.pipeline import PruneResult
-from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
 from nni_prune_ext.report.pictures import png_text
@@ -56,87 +50,6 @@ from nni_prune_ext.training.processes import apart
 ImageBatches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 Metric: TypeAlias = Callable[[nn.Module, Batches], float]
 """A model and batches → how good the model is on them; higher is better."""
-
-
-@dataclass(frozen=True)
-class Artefacts:
-    """What was written for one network."""
-
-    folder: Path
-    onnx: Path
-    export: ExportResult
-
-
-def write_artefacts(
-    model: nn.Module,
-    folder: Path,
-    example_inputs: ExampleInputs,
-    *,
-    plan: PruningPlan | None = None,
-    properties: Mapping[str, str] | None = None,
-    given_inputs: Sequence[ExampleInputs] | None = None,
-    spec: ModelSpec | None = None,
-    weight_masks: Mapping[str, Tensor] | None = None,
-    gated_model: nn.Module | None = None,
-    method: MethodUse | None = None,
-    fail: float = FAIL,
-) -> Artefacts:
-    """Writes weights, plan and a checked ONNX file of a (compact or dense) model: all of them, or none on an error.
-
-    Args:
-        plan: the plan that led to the model; a dense model has none.
-        properties: further ONNX metadata.
-        given_inputs: real inputs for the parity check.
-        spec: how the original model is built, so that ``export --artefact`` needs no further options.
-        weight_masks: name of a parameter of the model → bool mask; the weights are zero wherever it is ``False``.
-        gated_model: the network whose channels are switched per input; its weights are written.
-        method: how the model was pruned, so that ``load_gated`` knows who rebuilds the gated network.
-        fail: largest relative difference between ONNX Runtime and PyTorch that is let pass.
-
-    Raises:
-        OutputError: the folder cannot be written, or a file of somebody else would be replaced.
-        WeightsError: some weights are NaN or infinite.
-        ArtefactError: the masks are not those of the weights, or the method would rebuild another gated network.
-        ExportError: no ONNX file can be made, or its outputs differ from PyTorch's.
-    """
-    check_replaceable(folder)
-    facts = dict(properties or {})
-    if weight_masks:
-        check_masks(weight_masks, model.state_dict(), source="What was given to write_artefacts")
-    check_finite(model, source="The network to write")
-    if gated_model is not None:
-        check_finite(gated_model, source="The gated network to write")
-        check_rebuilds(method, model, gated_model, example_inputs)
-    with complete_or_absent(folder) as draft:
-        if plan is not None:
-            plan.save(draft / PLAN)
-            facts["plan"] = plan.to_json()
-        if spec is not None:
-            facts["model"] = spec.model_dump_json(exclude={"example"})
-        _save_spec(spec, example_inputs, draft)
-        save_weights(model, draft / WEIGHTS)
-        if weight_masks:
-            write_tensors(weight_masks, draft / MASKS)
-        if gated_model is not None:
-            write_tensors(gated_model.state_dict(), draft / GATED)
-        made = export_onnx(model, example_inputs, draft / ONNX, properties=facts, given_inputs=given_inputs, fail=fail)
-        write_manifest(draft, method=method, masks=mask_facts(weight_masks or {}))
-        remove_artefacts(folder)
-    return Artefacts(folder, folder / ONNX, _at(made, folder))
-
-
-def _save_spec(spec: ModelSpec | None, example_inputs: ExampleInputs, folder: Path) -> None:
-    """Writes how the model is built and called, as far as that is known."""
-    example = ExampleStructure.of(example_inputs)
-    if spec is None and example is not None and len(example.tensors[0].shape) > 1:
-        spec = ModelSpec(input_shape=example.tensors[0].shape)
-    if spec is not None:
-        spec.model_copy(update={"example": example}).save(folder)
-
-
-def _at(made: ExportResult, folder: Path) -> ExportResult:
-    data = made.data_path and folder / made.data_path.name
-    return replace(made, path=folder / made.path.name, data_path=data)
 
 
 def runtime(name: str) -> InferenceRuntime:
@@ -152,15 +65,26 @@ def runtime(name: str) -> InferenceRuntime:
 
 
 def onnx_accuracy(
-    path: Path, batches: ImageBatches, *, on: str = "onnxruntime-cpu", threads: int | None = None
+    path: Path,
+    batches: ImageBatches,
+    *,
+    on: str = "onnxruntime-cpu",
+    threads: int | None = None,
+    single: bool = False,
 ) -> float:
     """Returns top-1 accuracy (0–1) of an ONNX file on a runtime.
+
+    Args:
+        single: run the images one by one, for files that take no more.
 
     Raises:
         RuntimeUnavailableError: the runtime is not usable here.
     """
+    arrays = ((images.numpy(), labels.numpy()) for images, labels in batches)
+    if single:
+        arrays = ((image[None], labels[k : k + 1]) for images, labels in arrays for k, image in enumerate(images))
     with runtime(on).session(RunnableModel(onnx_path=path), threads=threads) as session:
-        return accuracy_of_session(session, ((images.numpy(), labels.numpy()) for images, labels in batches))
+        return accuracy_of_session(session, arrays)
 
 
 def compare_latency(
@@ -189,6 +113,7 @@ class Variant:
         result: how it was pruned; ``None`` for a dense network.
         seconds: what it took to get there.
         options: the full configuration of the method, as JSON values.
+        flavour: how the gates of a gated network are exported; ``None`` for all other networks.
     """
 
     name: str
@@ -196,6 +121,16 @@ class Variant:
     result: PruneResult | None = None
     seconds: float | None = None
     options: Mapping[str, JsonValue] = field(default_factory=dict)
+    flavour: Flavour | None = None
+
+
+def gated_variants(result: PruneResult, seconds: float | None, options: Mapping[str, JsonValue]) -> list[Variant]:
+    """Returns the gated network of a result in every flavour; nothing where there is none that can be exported."""
+    gated = result.outcome.gated_model
+    if not isinstance(gated, GatedNetwork):
+        return []
+    flavours: tuple[Flavour, ...] = ("mask", "compact")
+    return [Variant(f"{result.method}-{own}", gated, result, seconds, options, own) for own in flavours]
 
 
 @dataclass(frozen=True)
@@ -297,9 +232,9 @@ def _write_variant(
     spec: ModelSpec | None,
     fail: float,
 ) -> Artefacts:
-    result = variant.result
+    result, gated = variant.result, variant.model
     return write_artefacts(
-        variant.model,
+        gated.model if isinstance(gated, GatedNetwork) else variant.model,
         folder / variant.name,
         example_inputs,
         plan=result.plan if result else None,
@@ -309,6 +244,7 @@ def _write_variant(
         weight_masks=result.outcome.weight_masks if result else None,
         gated_model=result.outcome.gated_model if result else None,
         method=MethodUse(name=result.method, options=dict(variant.options)) if result else None,
+        flavour=variant.flavour,
         fail=fail,
     )
 
@@ -335,12 +271,23 @@ def _origin(variant: Variant) -> dict[str, str]:
 
 def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: Batches, metric: Metric | None) -> Row:
     measure = metric or accuracy
-    return replace(
+    plain, single = variant.result is not None and variant.flavour is None, variant.flavour == "compact"
+    row = replace(
         row,
-        top1_removed=measure(variant.result.removed_only, batches) if variant.result else None,
+        top1_removed=measure(variant.result.removed_only, batches) if plain and variant.result else None,
         top1=measure(variant.model, batches),
-        top1_onnx=onnx_accuracy(onnx, batches) if metric is None and _are_images(batches) else None,
+        top1_onnx=onnx_accuracy(onnx, batches, single=single) if metric is None and _are_images(batches) else None,
     )
+    return _with_expected_macs(row, variant, batches) if isinstance(variant.model, GatedNetwork) else row
+
+
+def _with_expected_macs(row: Row, variant: Variant, batches: Batches) -> Row:
+    """Puts in the mean over the test images in the place of the MACs of the static network."""
+    assert isinstance(variant.model, GatedNetwork)
+    example = next(tensors_in(next(iter(batches))))[:1]
+    expected, _ = measure_gating(variant.model, example, batches)
+    note = f"expected MACs: mean over {expected.images} test images, standard deviation {expected.spread:.4g}"
+    return replace(row, macs=round(expected.mean), asked=note)
 
 
 def _are_images(batches: Batches) -> bool:
@@ -350,8 +297,8 @@ def _are_images(batches: Batches) -> bool:
 
 
 def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs, *, control: bool) -> Row:
-    result, parity = variant.result, artefacts.export.parity
-    costs = result.costs if result else count_costs(variant.model, example_inputs)
+    result, parity, gated = variant.result, artefacts.export.parity, variant.flavour is not None
+    costs = result.costs if result and not gated else count_costs(variant.model, example_inputs)
     certificate = result.certificate if result else None
     return Row(
         name=variant.name,
@@ -365,7 +312,7 @@ def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs, 
         else "",
         seconds=variant.seconds,
         weight_sparsity=_masked_share(result, costs.params) if result else None,
-        kind="pruned" if result else "control" if control else "dense",
+        kind="gated" if gated else "pruned" if result else "control" if control else "dense",
     )
 
 

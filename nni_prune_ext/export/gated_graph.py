@@ -22,7 +22,6 @@ from nni_prune_ext.graph.gate_places import GatePlace
 from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.inputs import ExampleInputs
 
-
 _Attribute: TypeAlias = int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
 
 

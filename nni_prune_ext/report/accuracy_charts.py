@@ -9,6 +9,7 @@ from nni_prune_ext.report import charts
 from nni_prune_ext.report.charts import Network
 from nni_prune_ext.report.comparable_runs import machine_name, same_measurement, same_task, task_name
 from nni_prune_ext.report.facts import RunReport
+from nni_prune_ext.report.network_tables import has_gated
 from nni_prune_ext.report.page_parts import Chart, Section
 from nni_prune_ext.report.rows import Row
 
@@ -65,7 +66,9 @@ def accuracy_section(reports: Sequence[RunReport]) -> Section:
             for number, (group, networks) in enumerate(found, start=1)
         ]
     lead = [" ".join([_FRONT, *([_LABELS] if len(reports) > 1 else [])]), *_remarks(drawn)] if shown else []
-    return Section("Accuracy against cost", [*lead, *missing], shown, beside=True, marks=bool(shown))
+    return Section(
+        "Accuracy against cost", [*lead, *missing], shown, beside=True, marks=bool(shown), gated=has_gated(reports)
+    )
 
 
 def _remarks(drawn: dict[str, list[list[int]]]) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WIDTH = 350
 """Of every chart, in SVG units: no wider than a phone, so that letters keep their size there; a desk scales it up."""
-MARKERS: Mapping[Kind, str] = {"dense": "o", "control": "D", "pruned": "s"}
+MARKERS: Mapping[Kind, str] = {"dense": "o", "control": "D", "gated": "^", "pruned": "s"}
 LAYERS_PER_CHART = 40
 _STROKES = ("-", "--", ":")
 """Of lines that share a colour in one chart."""

@@ -68,6 +68,11 @@ _FURTHER = (
 )
 
 
+def has_gated(reports: Sequence[RunReport]) -> bool:
+    """Says whether some network is gated per input: marks need one more word then."""
+    return any(report.kind(row) == "gated" for report in reports for row in report.rows)
+
+
 def before_after(reports: Sequence[RunReport]) -> list[Table]:
     """Returns cost and result, then everything else, over all networks of all runs."""
     note = "“left” and “× dense” refer to the dense network of the same run."

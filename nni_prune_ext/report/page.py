@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from nni_prune_ext.errors import ArtefactError
 from nni_prune_ext.report.accuracy_charts import accuracy_section
 from nni_prune_ext.report.facts import RunReport
-from nni_prune_ext.report.network_tables import asked_achieved, before_after
+from nni_prune_ext.report.network_tables import asked_achieved, before_after, has_gated
 from nni_prune_ext.report.page_parts import Figure, Section, Tone, Verdict
 from nni_prune_ext.report.recipe_differences import differences_section
 from nni_prune_ext.report.run_names import run_names
@@ -87,7 +87,7 @@ def _run(report: RunReport, index: int, name: str, *, alone: bool) -> _Run:
 def _shared_sections(reports: Sequence[RunReport]) -> Iterator[Section]:
     yield differences_section(reports)
     yield Section("Asked and achieved", tables=[asked_achieved(reports)])
-    yield Section("Before and after", tables=before_after(reports), marks=True)
+    yield Section("Before and after", tables=before_after(reports), marks=True, gated=has_gated(reports))
     yield accuracy_section(reports)
 
 

@@ -85,6 +85,7 @@ class Section:
     code: str = ""
     beside: bool = False
     marks: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True)

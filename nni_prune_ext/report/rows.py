@@ -11,7 +11,7 @@ from rich.table import Table
 
 from nni_prune_ext.report import number_text
 
-Kind: TypeAlias = Literal["dense", "control", "pruned"]
+Kind: TypeAlias = Literal["dense", "control", "gated", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Row:
         seconds: time that the method, the removal and the recovery took.
         validation: validation metric of the epoch whose weights were kept; higher is better.
         weight_sparsity: share (0–1) of the weights left that a weight mask holds at zero.
-        kind: the dense network, a control (dense, but trained further), or a pruned network.
+        kind: the dense network, a control (dense, but trained further), a network that is gated per input (its MACs are
+            a mean over the test images), or a pruned network.
     """
 
     name: str

@@ -8,7 +8,7 @@ from itertools import groupby
 from nni_prune_ext.report import charts, number_text
 from nni_prune_ext.report.accuracy_charts import accuracy_section
 from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport, WidthFacts
-from nni_prune_ext.report.network_tables import before_after, latency_table
+from nni_prune_ext.report.network_tables import before_after, has_gated, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
 from nni_prune_ext.report.pictures import pictures_section
 from nni_prune_ext.report.verdicts import nothing_cut
@@ -36,7 +36,7 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     """
     name = f"run{run + 1}"
     if alone:
-        yield Section("Before and after", tables=before_after([report]), marks=True)
+        yield Section("Before and after", tables=before_after([report]), marks=True, gated=has_gated([report]))
         yield accuracy_section([report])
     yield _latency(report)
     if report.masked:

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from nni_prune_ext.checkpoints import Checkpoints, Json
-from nni_prune_ext.deployment import Measurement, Variant, compare_variants
+from nni_prune_ext.deployment import Measurement, Variant, compare_variants, gated_variants
 from nni_prune_ext.errors import CheckpointError, NniPruneExtError
 from nni_prune_ext.evaluation import latency_caption
 from nni_prune_ext.graph.channel_groups import ChannelGroups
@@ -175,7 +175,7 @@ def _train_and_prune(prepared: Prepared, checkpoints: Checkpoints, watcher: Watc
     pruned = Variant(name, result.model, result, _seconds(began, result.logs), recipe.options)
     if wants_control(recipe):
         made.variants.append(_control(model, prepared, checkpoints, watcher, made))
-    made.variants.append(pruned)
+    made.variants += [*gated_variants(result, pruned.seconds, recipe.options), pruned]
     return made
 
 
