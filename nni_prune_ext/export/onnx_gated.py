@@ -82,7 +82,7 @@ def export_gated(
     *,
     flavour: Flavour = "compact",
     images: Tensor | None = None,
-    gathered: Collection[str] | None = None,
+    gathered: Collection[str] | Literal["all"] | None = None,
     fold: bool = False,
     dynamic_batch: bool | None = None,
     opset: int = 18,
@@ -98,7 +98,7 @@ def export_gated(
         images: real images ``(N, C, H, W)``, 64 or more: masks and outputs are compared on them, and firing rates for
             the choice of layers come from them.
         gathered: layers that compute their open filters only; by default those whose firing rate on the images is below
-            their break-even rate (all that can be, without images).
+            their break-even rate (all that can be, without images); ``all`` takes whatever can be.
         fold: layers that are not gathered are no longer gated; the file is another function then.
         dynamic_batch: leave the batch size open; by default wherever the flavour can.
         opset: ONNX operator set.
@@ -174,13 +174,15 @@ def break_even(layer: GatedLayer) -> float:
 
 
 def _left_out(
-    layers: Collection[GatedLayer], rates: Mapping[str, float] | None, gathered: Collection[str] | None
+    layers: Collection[GatedLayer], rates: Mapping[str, float] | None, gathered: Collection[str] | Literal["all"] | None
 ) -> list[tuple[str, str]]:
     """Returns the layers that are not gathered, and why."""
     result = []
     for own in layers:
         if not own.can_gather:
             result.append((own.name, own.reason or "its filters cannot be computed one by one"))
+        elif gathered == "all":
+            continue
         elif gathered is not None:
             if own.name not in gathered:
                 result.append((own.name, "it was not asked for"))

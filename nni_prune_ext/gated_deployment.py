@@ -1,0 +1,133 @@
+"""Which ONNX flavour of a gated network is fastest here: every one is written, checked and measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from torch import Tensor
+
+from nni_prune_ext.deployment import runtime
+from nni_prune_ext.errors import ConfigError, ExportError, NniPruneExtError, ParityError
+from nni_prune_ext.evaluation import LatencyReport, measure_latency
+from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
+from nni_prune_ext.export.onnx_static import export_onnx
+from nni_prune_ext.export.parity import FAIL
+from nni_prune_ext.gates import GatedNetwork
+from nni_prune_ext.inputs import ExampleInputs
+from nni_prune_ext.runtimes.base import RunnableModel
+
+FEWEST_IMAGES = 8
+STATIC_CORE = "static core"
+"""The network under the gates, with all that is left always running: another function, and the time to beat."""
+
+
+@dataclass(frozen=True)
+class FastestFlavour:
+    """The flavour that was chosen, and the evidence.
+
+    Attributes:
+        export: the written file.
+        name: of the chosen flavour: ``mask``, ``compact`` or ``compact, all layers``.
+        latency: all flavours and references, measured side by side; the first row is the reference of the ratios.
+        refused: flavour → why it was not considered.
+        verdict: in words, also whether no flavour beats the references.
+    """
+
+    export: GatedExport
+    name: str
+    latency: LatencyReport
+    refused: Mapping[str, str]
+    verdict: str
+
+
+def export_fastest(
+    network: GatedNetwork,
+    example_inputs: ExampleInputs,
+    path: Path,
+    images: Tensor,
+    *,
+    references: Mapping[str, Path] | None = None,
+    fold: bool = False,
+    properties: Mapping[str, str] | None = None,
+    fail: float = FAIL,
+    rounds: int = 30,
+    min_seconds: float = 2.0,
+) -> FastestFlavour:
+    """Writes the fastest flavour that computes what the gated network computes, by measurement on this machine's CPU.
+
+    One image at a time, one thread, interleaved. The static core is measured, too, and what else is given.
+
+    Args:
+        path: where the chosen file goes.
+        images: real images ``(N, C, H, W)``, eight at least, 64 or more for the comparison with PyTorch.
+        references: name → ONNX file to beat, such as the dense network; the first one is what ratios refer to.
+        fold: layers that do not gain lose their gates in the flavour ``compact``: that is another function.
+        properties: further metadata for the file.
+        fail: largest relative difference to PyTorch that passes where masks agree.
+        rounds: fewest rounds of the measurement.
+        min_seconds: shortest time for all rounds together.
+
+    Raises:
+        ConfigError: too few images.
+        ParityError: no flavour computes what PyTorch computes.
+        ExportError, OutputError: see ``export_gated``.
+    """
+    if len(images) < FEWEST_IMAGES:
+        raise ConfigError(
+            f"The fastest flavour is to be measured on {len(images)} images, expected {FEWEST_IMAGES} or more: the "
+            "work of a gated network depends on the image. Pass more images."
+        )
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        write = partial(export_gated, network, example_inputs, images=images, properties=properties, fail=fail)
+        made, refused = _flavours(write, Path(folder), fold=fold)
+        core = Path(folder) / "core.onnx"
+        export_onnx(network.model, example_inputs, core)
+        files = {**(references or {}), STATIC_CORE: core, **{name: own.path for name, own in made.items()}}
+        entries = {name: (runtime("onnxruntime-cpu"), RunnableModel(onnx_path=file)) for name, file in files.items()}
+        singles = [[np.ascontiguousarray(image[None].cpu().numpy())] for image in images]
+        latency = measure_latency(entries, singles, rounds=rounds, min_seconds=min_seconds, threads=1)
+        ratios = {row.name: row.ratio for row in latency.rows}
+        best = min(made, key=ratios.__getitem__)
+        made[best].path.replace(path)
+    verdict = _verdict(best, ratios, made, latency.error_bar)
+    return FastestFlavour(replace(made[best], path=path), best, latency, refused, verdict)
+
+
+def _flavours(
+    write: Callable[..., GatedExport], folder: Path, *, fold: bool
+) -> tuple[dict[str, GatedExport], dict[str, str]]:
+    """Writes every flavour; returns the files, and why others were refused.
+
+    Raises:
+        NniPruneExtError: none could be written.
+    """
+    wanted: dict[str, dict[str, object]] = {
+        "mask": {"flavour": "mask"},
+        "compact": {"flavour": "compact", "fold": fold},
+        "compact, all layers": {"flavour": "compact", "gathered": "all"},
+    }
+    made: dict[str, GatedExport] = {}
+    errors: dict[str, NniPruneExtError] = {}
+    for number, (name, options) in enumerate(wanted.items()):
+        try:
+            made[name] = write(folder / f"{number}.onnx", **options)
+        except (ExportError, ParityError) as error:
+            errors[name] = error
+    if not made:
+        raise next(iter(errors.values()))
+    return made, {name: str(error) for name, error in errors.items()}
+
+
+def _verdict(best: str, ratios: Mapping[str, float], made: Mapping[str, GatedExport], error_bar: float) -> str:
+    """Says which flavour is fastest, and which references it does not beat beyond the error of the measurement."""
+    beaten = [name for name in ratios if name not in made and ratios[best] < ratios[name] * (1 - error_bar)]
+    unbeaten = [name for name in ratios if name not in made and name not in beaten]
+    said = f"The fastest flavour is '{best}', × {ratios[best]:.2f} of the first reference."
+    if unbeaten:
+        said += f" No flavour beats {' or '.join(f'{name} (× {ratios[name]:.2f})' for name in unbeaten)}."
+    return said
