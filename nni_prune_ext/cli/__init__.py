@@ -11,6 +11,7 @@ from nni_prune_ext import __version__
 from nni_prune_ext.cli.benchmark import benchmark
 from nni_prune_ext.cli.experiment import experiment
 from nni_prune_ext.cli.export import export
+from nni_prune_ext.cli.gates import app as gates
 from nni_prune_ext.cli.json_lines import json_line
 from nni_prune_ext.cli.list_plugins import list_plugins
 from nni_prune_ext.cli.plan import plan
@@ -40,6 +41,7 @@ app.command("run")(run)
 app.command("experiment")(experiment)
 app.command("transfer")(transfer)
 app.command("export")(export)
+app.add_typer(gates, name="gates")
 app.command("benchmark")(benchmark)
 app.command("report")(report)
 
