@@ -23,6 +23,7 @@ L2NormPruner = pruner_for("l2")
 FPGMPruner = pruner_for("fpgm")
 RandomPruner = pruner_for("random")
 LotteryJackpotsPruner = pruner_for("lottery_jackpots")
+FTWTPruner = pruner_for("ftwt")
 PSAPPruner = pruner_for("psap")
 ReconstructionPruner = pruner_for("reconstruction")
 
@@ -34,6 +35,7 @@ OneShotPruner = scheduled_pruner_for("one_shot")
 UniformRatioPruner = scheduled_pruner_for("uniform_ratio")
 ReplacePruner = scheduled_pruner_for("replace")
 RewindingPruner = scheduled_pruner_for("rewinding")
+FTWTRatioPruner = scheduled_pruner_for("ftwt_ratio")
 PSAPRatioPruner = scheduled_pruner_for("psap_ratio")
 ShortRestrictionPruner = scheduled_pruner_for("short_restriction")
 CosineShortRestrictionPruner = scheduled_pruner_for("short_restriction_cosine")
@@ -44,6 +46,8 @@ __all__ = [
     "CosinePruner",
     "CosineShortRestrictionPruner",
     "FPGMPruner",
+    "FTWTPruner",
+    "FTWTRatioPruner",
     "L1NormPruner",
     "L2NormPruner",
     "LevelPruner",

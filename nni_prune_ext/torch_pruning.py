@@ -22,6 +22,7 @@ from nni_prune_ext.adapters.torch_pruning_importance import (
     TaylorImportance,
 )
 from nni_prune_ext.adapters.torch_pruning_named_importances import (
+    FTWTImportance,
     LotteryJackpotsImportance,
     PSAPImportance,
     ReconstructionImportance,
@@ -36,6 +37,7 @@ __all__ = [
     "CertifiedPruner",
     "DecisionImportance",
     "FPGMImportance",
+    "FTWTImportance",
     "L1Importance",
     "L2Importance",
     "LayerChange",

@@ -27,6 +27,7 @@ _CLASS_NAMES: Mapping[str, str] = {
     "l1": "L1NormPruner",
     "l2": "L2NormPruner",
     "fpgm": "FPGMPruner",
+    "ftwt": "FTWTPruner",
     "psap": "PSAPPruner",
 }
 """What NNI calls the pruners that are replaced, and acronyms."""

@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 _CLASS_NAMES: Mapping[str, str] = {
     "agp": "AGPPruner",
     "asfp": "ASFPPruner",
+    "ftwt_ratio": "FTWTRatioPruner",
     "psap_ratio": "PSAPRatioPruner",
     "short_restriction_cosine": "CosineShortRestrictionPruner",
 }

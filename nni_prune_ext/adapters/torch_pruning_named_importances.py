@@ -22,6 +22,12 @@ class LotteryJackpotsImportance(DecisionImportance):
     method = "lottery_jackpots"
 
 
+class FTWTImportance(DecisionImportance):
+    """Scores channels by what is left after gates were trained on a copy: those that fire least go first."""
+
+    method = "ftwt"
+
+
 class PSAPImportance(DecisionImportance):
     """Scores channels by what PSAP (re-derived from the abstract) removes from a copy that it trains."""
 
@@ -43,6 +49,7 @@ _NAMED: dict[str, type[MethodImportance]] = {
         RandomImportance,
         TaylorImportance,
         LotteryJackpotsImportance,
+        FTWTImportance,
         PSAPImportance,
         ReconstructionImportance,
     )

@@ -7,3 +7,4 @@ from nni_prune_ext.gates.estimates import solve_mass as solve_mass
 from nni_prune_ext.gates.expected_macs import ExpectedMacs as ExpectedMacs
 from nni_prune_ext.gates.expected_macs import expected_macs as expected_macs
 from nni_prune_ext.gates.gated_network import GatedNetwork as GatedNetwork
+from nni_prune_ext.gates.signature import firing_signature as firing_signature

@@ -160,7 +160,7 @@ def estimate_gating(
         ConfigError: no batch, no place for a gate, or a mass out of range.
         ModelError, TraceError: the model cannot be followed.
     """
-    probe = _probe(model, example_inputs, batches, layers, run, data)
+    probe, _ = gate_probe(model, example_inputs, batches, layers, run, data=data)
     for mass in masses:
         check_mass(mass, uniform=uniform)
     rules = [rule_of(mass, uniform=uniform) for mass in masses]
@@ -214,7 +214,7 @@ def solve_mass(
     Raises:
         ConfigError: no batch, no place for a gate, or a share that no mass reaches.
     """
-    return solved_mass(_probe(model, example_inputs, batches, layers, run, "training images"), macs)
+    return solved_mass(gate_probe(model, example_inputs, batches, layers, run)[0], macs)
 
 
 def solved_mass(probe: GateProbe, macs: float, *, steps: int = 10) -> float:
@@ -254,19 +254,25 @@ def check_mass(mass: float, *, uniform: bool = False) -> None:
         )
 
 
-def _probe(
+def gate_probe(
     model: nn.Module,
     example_inputs: ExampleInputs,
     batches: Iterable[object],
-    layers: Sequence[str] | None,
-    run: Callable[[nn.Module, Any], object] | None,
-    data: str,
-) -> GateProbe:
+    layers: Sequence[str] | None = None,
+    run: Callable[[nn.Module, Any], object] | None = None,
+    *,
+    data: str = "training images",
+) -> tuple[GateProbe, GateFlow]:
+    """Returns a probe with fresh gates of single filters on a network, and the flow of its signals.
+
+    Raises:
+        ConfigError: no batch, or no place for a gate.
+    """
     given = _checked(batches)
     flow = trace_gate_flow(model, example_inputs)
     gates = new_gates(chosen_places(flow, layers, model=type(model).__name__)).to(next(model.parameters()).device)
     call = partial(run or _run_on_images, model)
-    return GateProbe(model, example_inputs, flow, gates, call, given, data=data)
+    return GateProbe(model, example_inputs, flow, gates, call, given, data=data), flow
 
 
 def _checked(batches: Iterable[object]) -> list[object]:
