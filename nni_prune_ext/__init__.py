@@ -65,6 +65,17 @@ _PUBLIC = {
     "open_detection": "data.detection",
     "JointLoss": "methods.trained_decoder",
     "joint_loss": "methods.trained_decoder",
+    "ExpectedMacs": "gates",
+    "GatedNetwork": "gates",
+    "GatingEstimate": "gates",
+    "estimate_gating": "gates",
+    "firing_signature": "gates",
+    "measure_gating": "gates",
+    "solve_mass": "gates",
+    "GatedExport": "export.onnx_gated",
+    "export_gated": "export.onnx_gated",
+    "FastestFlavour": "gated_deployment",
+    "export_fastest": "gated_deployment",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
     "Checkpoints": "checkpoints",
@@ -96,8 +107,19 @@ if TYPE_CHECKING:
     from nni_prune_ext.data.loaders import Loaders
     from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import load_pruned, write_artefacts
+    from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.export.parity import check_parity
+    from nni_prune_ext.gated_deployment import FastestFlavour, export_fastest
+    from nni_prune_ext.gates import (
+        ExpectedMacs,
+        GatedNetwork,
+        GatingEstimate,
+        estimate_gating,
+        firing_signature,
+        measure_gating,
+        solve_mass,
+    )
     from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
     from nni_prune_ext.methods.base import MethodSpec, Outcome, Phase, PruningMethod
     from nni_prune_ext.methods.options import search_space

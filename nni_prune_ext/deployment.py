@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
-from nni_prune_ext.errors import PluginError
+from nni_prune_ext.errors import ExportError, ParityError, PluginError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
     ONNX,
@@ -170,7 +170,8 @@ def compare_variants(
         measurement: how long latency is measured; ``None`` measures none.
 
     Returns:
-        one row per variant, and the latency measurement behind it, if there is one.
+        one row per variant (none for a gated network that cannot be written in its flavour; ``progress`` is told why),
+        and the latency measurement behind it, if there is one.
 
     Raises:
         OutputError, ExportError: see ``write_artefacts``.
@@ -186,14 +187,22 @@ def compare_variants(
         for variant in variants:
             tell(f"exporting and checking {variant.name}")
             fail = _parity_limit(variant, rows)
-            files = _write_variant(variant, draft, example_inputs, given_inputs=given, spec=spec, fail=fail)
+            more = given if variant.flavour is None or images is None else [images[:64]]
+            try:
+                files = _write_variant(variant, draft, example_inputs, given_inputs=more, spec=spec, fail=fail)
+            except (ExportError, ParityError) as error:
+                if variant.flavour is None:
+                    raise
+                tell(f"no row {variant.name}: {error}")  # the static network is worth having all the same
+                continue
             row = replace(_row(variant, files, example_inputs, control=bool(rows)), parity_limit=fail)
-            tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
+            if row.parity is not None:
+                tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
             rows.append(row if test_batches is None else _with_accuracy(row, variant, files.onnx, test_batches, metric))
         latency = None
         if measurement is not None:
             tell("measuring latency, all networks side by side")
-            files_by_name = {variant.name: draft / variant.name / ONNX for variant in variants}
+            files_by_name = {row.name: draft / row.name / ONNX for row in rows}
             if given_inputs is not None:
                 inputs = [[np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors_in(given_inputs)]]
             else:
@@ -278,7 +287,8 @@ def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: Batches, met
         top1=measure(variant.model, batches),
         top1_onnx=onnx_accuracy(onnx, batches, single=single) if metric is None and _are_images(batches) else None,
     )
-    return _with_expected_macs(row, variant, batches) if isinstance(variant.model, GatedNetwork) else row
+    gated = isinstance(variant.model, GatedNetwork) and _are_images(batches)
+    return _with_expected_macs(row, variant, batches) if gated else row
 
 
 def _with_expected_macs(row: Row, variant: Variant, batches: Batches) -> Row:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +14,7 @@ from nni_prune_ext.deployment import runtime
 from nni_prune_ext.errors import ConfigError, ExportError, NniPruneExtError, ParityError
 from nni_prune_ext.evaluation import LatencyReport, measure_latency
 from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
-from nni_prune_ext.export.onnx_static import export_onnx
+from nni_prune_ext.export.onnx_static import export_onnx, temporary_folder_beside
 from nni_prune_ext.export.parity import FAIL
 from nni_prune_ext.gates import GatedNetwork
 from nni_prune_ext.inputs import ExampleInputs
@@ -82,10 +81,10 @@ def export_fastest(
             f"The fastest flavour is to be measured on {len(images)} images, expected {FEWEST_IMAGES} or more: the "
             "work of a gated network depends on the image. Pass more images."
         )
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with temporary_folder_beside(path) as folder:
         write = partial(export_gated, network, example_inputs, images=images, properties=properties, fail=fail)
-        made, refused = _flavours(write, Path(folder), fold=fold)
-        core = Path(folder) / "core.onnx"
+        made, refused = _flavours(write, folder, fold=fold)
+        core = folder / "core.onnx"
         export_onnx(network.model, example_inputs, core)
         files = {**(references or {}), STATIC_CORE: core, **{name: own.path for name, own in made.items()}}
         entries = {name: (runtime("onnxruntime-cpu"), RunnableModel(onnx_path=file)) for name, file in files.items()}
@@ -116,7 +115,7 @@ def _flavours(
     for number, (name, options) in enumerate(wanted.items()):
         try:
             made[name] = write(folder / f"{number}.onnx", **options)
-        except (ExportError, ParityError) as error:
+        except (ConfigError, ExportError, ParityError) as error:
             errors[name] = error
     if not made:
         raise next(iter(errors.values()))

@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from nni_prune_ext.errors import ExportError
+from nni_prune_ext.errors import ConfigError, ExportError
 from nni_prune_ext.export.gate_graphs import with_masks
 from nni_prune_ext.export.gate_markers import open_name
 from nni_prune_ext.gates.gated_network import GatedNetwork
@@ -73,6 +73,11 @@ def check_gated_parity(
         ExportError: the graph does not run.
     """
     layers = [place.layer for place in network.gates.places]
+    if not layers:
+        raise ConfigError(
+            "The network has no gate left, expected one at least: there are no masks to compare. Export it as a plain "
+            "network: export_onnx(network.model, …)."
+        )
     size = len(images) if batch_size is None else batch_size
     with untouched(network), torch.no_grad():
         expected = [own.cpu().numpy() for own in tensors_in(network(images))]

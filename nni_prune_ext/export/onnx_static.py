@@ -96,7 +96,7 @@ def export_onnx(
     """
     path = Path(path)
     call = as_call(model, example_inputs)
-    with evaluation_mode(model), _temporary_folder_beside(path) as folder:
+    with evaluation_mode(model), temporary_folder_beside(path) as folder:
         outputs = _output_names(model, call)
         with exportable_form(model) as exportable:
             proto, used, reason = export_graph(
@@ -124,7 +124,7 @@ def published(proto: onnx.ModelProto, path: Path, model: nn.Module) -> int:
         ExportError: the graph is not valid ONNX.
         OutputError: the file cannot be written.
     """
-    with _temporary_folder_beside(path) as folder:
+    with temporary_folder_beside(path) as folder:
         _write(proto, folder / path.name, model)
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         _publish(folder, path)
@@ -132,7 +132,7 @@ def published(proto: onnx.ModelProto, path: Path, model: nn.Module) -> int:
 
 
 @contextmanager
-def _temporary_folder_beside(path: Path) -> Iterator[Path]:
+def temporary_folder_beside(path: Path) -> Iterator[Path]:
     """Yields a folder on the file system of the target, so that moving a file out of it is atomic."""
     try:
         folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")

@@ -191,8 +191,10 @@ def measure_gating(
         data: name of the images.
 
     Raises:
-        ConfigError: no batch.
+        ConfigError: no batch, or no gate.
     """
+    if not network.gates.places:
+        raise ConfigError("The network has no gate left, expected one at least. Count its MACs with count_costs.")
     flow, call = trace_gate_flow(network.model, example_inputs), partial(_run_on_images, network.model)
     given = _checked(batches)
     return GateProbe(network.model, example_inputs, flow, network.gates, call, given, data=data, dense=dense).measured(

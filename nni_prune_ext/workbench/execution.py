@@ -294,7 +294,8 @@ def _delivered(
         measurement=Measurement(**recipe.measure.model_dump()) if recipe.measure else None,
     )
     if evaluate is not None:
-        rows = [replace(row, validation=evaluate(v.model)) for row, v in zip(rows, made.variants)]
+        models = {variant.name: variant.model for variant in made.variants}
+        rows = [replace(row, validation=evaluate(models[row.name])) for row in rows]
     facts = run_facts(prepared, made.result, latency, curves=made.curves, networks=made.variants)
     report = write_run(out, recipe, rows, {**facts, "identity": dict(identity)})
     return RunResult(

@@ -30,6 +30,7 @@ from nni_prune_ext.deployment import (
 )
 from nni_prune_ext.errors import ArtefactError, ConfigError, ModelError, OutputError, ParityError
 from nni_prune_ext.evaluation import latency_caption, measurement_facts
+from nni_prune_ext.export import artefact_writing
 from nni_prune_ext.export.artefact_folder import ModelSpec, check_unused, check_writable, complete_or_absent
 from nni_prune_ext.export.earlier_run import remove_earlier_run
 from nni_prune_ext.export.example_structure import ExampleStructure
@@ -113,14 +114,14 @@ def test_a_file_that_fails_the_check_leaves_an_earlier_run_as_it_was(
     (tmp_path / "report.json").write_text(own_report("l2"))
     write_artefacts(dense, tmp_path / "l2", EXAMPLE)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    export = deployment.export_onnx
+    export = artefact_writing.export_onnx
 
     def refuse_pruned(model: nn.Module, *arguments: object, **options: object) -> ExportResult:
         if model is result.model:
             raise ParityError("differs")
         return export(model, *arguments, **options)
 
-    monkeypatch.setattr(deployment, "export_onnx", refuse_pruned)
+    monkeypatch.setattr(artefact_writing, "export_onnx", refuse_pruned)
 
     with pytest.raises(ParityError):
         compare_variants([Variant("dense", dense), Variant("l1", result.model, result)], tmp_path, EXAMPLE)
@@ -132,7 +133,7 @@ def test_a_pruned_network_may_differ_from_pytorch_by_twice_as_much_as_the_dense_
     tmp_path: Path, dense: nn.Module, result: PruneResult, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[float] = []
-    export = deployment.export_onnx
+    export = artefact_writing.export_onnx
 
     def with_gap(*arguments: object, fail: float, **options: object) -> ExportResult:
         limits.append(fail)
@@ -140,7 +141,7 @@ def test_a_pruned_network_may_differ_from_pytorch_by_twice_as_much_as_the_dense_
         assert made.parity is not None
         return replace(made, parity=replace(made.parity, max_rel=8e-5))
 
-    monkeypatch.setattr(deployment, "export_onnx", with_gap)
+    monkeypatch.setattr(artefact_writing, "export_onnx", with_gap)
 
     rows, _ = compare_variants([Variant("dense", dense), Variant("l1", result.model, result)], tmp_path, EXAMPLE)
 
