@@ -34,6 +34,7 @@ class Gates(nn.Module):
         heads: one per place.
         masks: what switches filters.
         targets: the rule for targets; ``None`` computes none.
+        teaching: heads predict also where something else switches filters, to learn from it.
         opened: layer → which units were open, ``(N, U)`` bool.
         logits: layer → ``(N, U)``, with gradients.
         wanted: layer → targets of the units, ``(N, U)`` bool.
@@ -46,6 +47,7 @@ class Gates(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.masks: Masks = "predicted"
         self.targets: Targets | None = None
+        self.teaching = False
         self.forget()
 
     def __getstate__(self) -> dict[str, object]:
@@ -121,7 +123,7 @@ class Gates(nn.Module):
         layer = place.layer
 
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if self.masks == "predicted":
+            if self.masks == "predicted" or self.teaching:
                 self.logits[layer] = head(args[0])
 
         def switch(module: nn.Module, args: object, output: Tensor) -> Tensor:

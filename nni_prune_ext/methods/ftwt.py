@@ -16,6 +16,7 @@ activations that keep zeros; in residual branches behind the last norm, before t
 Departures from the paper and its code:
 
 * one unit per layer is always open: the published rule can switch a whole layer off;
+* heads may learn alone first (``head_epochs``), with targets as masks, while the network stands still;
 * heads begin with everything open (``safe_start``), and stop at the cool-down, where the code's coast on for a while;
 * the learning rate of the network and its course are those of the training settings, over all epochs;
 * layers that work on one pixel (squeeze-and-excitation) and grouped convolutions are not gated unless named;
@@ -60,7 +61,7 @@ from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
 from nni_prune_ext.surgery import Removal
 
-_GATES, _CORE = "gates", "core"
+_HEADS, _GATES, _CORE = "heads", "gates", "core"
 _TIE = 1e-4
 """Of channels that fire alike, the one with smaller weights goes first; a firing rate is coarser than that."""
 
@@ -84,25 +85,32 @@ class Ftwt(PruningMethod):
         self._facts: dict[str, float] = {}
 
     def phases(self) -> Sequence[Phase]:
-        """Returns the training with gates, and that after the static cut."""
+        """Returns the training of heads alone, that with gates, and that after the static cut."""
+        own = self.options
+        head_epochs = own.head_epochs if own.selection == "input" else 0
         return [
-            Phase(_GATES, self.options.epochs, optimizers=self._optimizers),
-            Phase(_CORE, self.options.core_epochs),
+            Phase(_HEADS, head_epochs, trainable=lambda _: False, optimizers=self._optimizers),
+            Phase(_GATES, own.epochs, optimizers=self._optimizers),
+            Phase(_CORE, own.core_epochs),
         ]
 
     def start(self, context: MethodContext, phase: Phase) -> None:
         """Places the gates; cuts the static core before the last phase."""
-        if phase.name == _GATES:
+        if phase.name == _HEADS:
             self._begin(context)
-        else:
+        elif phase.name == _CORE:
             self._cut(context)
 
     def attach(self, context: MethodContext, phase: Phase) -> None:
         """Puts the gates onto the network; while heads learn, targets are made, too."""
-        self._learning = phase.name == _GATES and self._heads_learn()
+        self._learning = phase.name == _HEADS or (phase.name == _GATES and self._heads_learn())
         if not phase.epochs:
             return
         self.gates.targets = self._rule() if self._learning else None
+        self.gates.teaching = phase.name == _HEADS
+        self.gates.masks = "targets" if self.gates.teaching else "predicted"
+        if self.gates.teaching:
+            context.model.eval()  # it stands still, its statistics included
         for handle in self.gates.attach(context.model):
             context.on_leave(handle.remove)
         context.on_leave(self.gates.forget)
@@ -110,6 +118,8 @@ class Ftwt(PruningMethod):
     def compute_loss(self, context: MethodContext, batch: Batch) -> Tensor:
         """Returns the task loss of the gated network, and the loss of the heads while they learn."""
         loss = context.task_loss(batch)
+        if self.gates.teaching:
+            return self.gates.mask_loss()
         if not self._learning:
             return loss
         self._prediction.add(self.gates)
@@ -117,13 +127,13 @@ class Ftwt(PruningMethod):
 
     def after_epoch(self, context: MethodContext, phase: Phase, epoch: int) -> None:
         """Notes how well the heads predict; stops them when their time is over."""
-        if phase.name != _GATES:
-            return
-        if self._learning:
+        if self._learning and phase.name == _GATES:
             found = self._prediction.result()
             context.log(found)
             self._facts |= {f"last_learning_{name}": value for name, value in found.items()}
             self._prediction = PredictionCounter()
+        if phase.name != _GATES:
+            return
         self._epoch = epoch + 1
         if self._learning and not self._heads_learn():
             self._learning, self.gates.targets = False, None

@@ -34,6 +34,12 @@ class FtwtOptions(BaseModel):
         description="training epochs with gates",
         json_schema_extra={"source": "authors' code: 50 (fine-tuning) or 200", "search": [1, 50]},
     )
+    head_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="epochs before that in which the heads alone learn, on the targets of the network as it is: cheap",
+        json_schema_extra={"source": "ours", "search": [0, 20]},
+    )
     core_epochs: int = Field(
         default=0,
         ge=0,
