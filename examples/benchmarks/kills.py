@@ -33,6 +33,10 @@ METHODS["lottery_jackpots"] = [
 ]
 METHODS["psap"] = ["method=psap", "options={epochs: 6, soft_share: 0.7, probe_batches: 2}"]
 METHODS["reconstruction"] = ["method=reconstruction", "options={decoder_epochs: 3, rounds: 2, round_epochs: 2}"]
+METHODS["ftwt"] = [
+    "method=ftwt",
+    "options={head_epochs: 2, epochs: 4, core_epochs: 2, softmax: false, calibration_batches: 4}",
+]
 PARTS = ("plan.json", "model.safetensors")
 
 

@@ -68,6 +68,39 @@ def test_reconstruction_and_its_control_run_in_an_nni_script() -> None:
     assert "reconstruction error" in done.stdout.partition("weight 10: ")[2].partition("\n")[0]
 
 
+def test_ftwt_and_its_ratios_run_in_an_nni_script() -> None:
+    program = [sys.executable, str(ROOT / "examples" / "nni_ftwt.py"), "--smoke"]
+
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+    assert 0 == done.returncode, done.stderr[-2000:]
+    difference = float(done.stdout.partition("ONNX: ")[2].partition("difference ")[2].split()[0])
+    assert difference < 1e-4
+    dense, core = (
+        int(done.stdout.partition(f"{name}: ")[2].split()[0].replace(",", ""))
+        for name in ("dense", "static core, without gates")
+    )
+    assert core < dense
+    assert "filters vary with the image" in done.stdout
+    low, _, high = done.stdout.partition("FTWTRatioPruner: layers lose ")[2].split()[:3]
+    assert float(low) < float(high)
+
+
+def test_firing_per_class_is_printed_and_drawn(tmp_path: Path) -> None:
+    drawn = tmp_path / "firing.png"
+    program = [sys.executable, str(ROOT / "examples" / "ftwt_firing.py"), "--smoke", "--out", str(drawn)]
+
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+    assert 0 == done.returncode, done.stderr[-2000:]
+    assert 19 == done.stdout.count(" never, "), "one line per gated layer"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
 def test_quickstart_is_short() -> None:
     lines = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8").splitlines()
 
