@@ -24,7 +24,7 @@ from nni_prune_ext.gates.gated_network import GatedNetwork, Gates, Masks, Target
 from nni_prune_ext.gates.placement import chosen_places, mac_counter, new_gates
 from nni_prune_ext.graph.gate_places import GateFlow
 from nni_prune_ext.graph.gate_tracing import trace_gate_flow
-from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.graph.state import unchanged_globals, untouched
 from nni_prune_ext.inputs import ExampleInputs
 
 Run = Callable[[Any], object]
@@ -116,6 +116,7 @@ class GateProbe:
         """Runs all batches with these masks; after each, the gates hold what they saw."""
         with untouched(self.model), torch.no_grad(), _set(self.gates, masks, targets), self.gates.on(self.model):
             for batch in self.batches:
+                self.gates.forget()
                 self.run(batch)
                 if len(self.gates.opened) != len(self.gates.places):
                     missing = next(p.layer for p in self.gates.places if p.layer not in self.gates.opened)
@@ -272,7 +273,9 @@ def gate_probe(
     """
     given = _checked(batches)
     flow = trace_gate_flow(model, example_inputs)
-    gates = new_gates(chosen_places(flow, layers, model=type(model).__name__)).to(next(model.parameters()).device)
+    with unchanged_globals():  # the heads are drawn, and play no part
+        gates = new_gates(chosen_places(flow, layers, model=type(model).__name__))
+    gates.to(next(model.parameters()).device)
     call = partial(run or _run_on_images, model)
     return GateProbe(model, example_inputs, flow, gates, call, given, data=data), flow
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.gates.firing_targets import heat, unit_heat
 from nni_prune_ext.gates.heads import GateHead, open_units
 from nni_prune_ext.graph.gate_places import GatePlace
@@ -122,9 +123,9 @@ class Gates(nn.Module):
     def _attach_one(self, model: nn.Module, place: GatePlace, head: GateHead) -> list[RemovableHandle]:
         layer = place.layer
 
-        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def look(module: nn.Module, args: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
             if self.masks == "predicted" or self.teaching:
-                self.logits[layer] = head(args[0])
+                self.logits[layer] = head(args[0] if args else keywords["input"])
 
         def switch(module: nn.Module, args: object, output: Tensor) -> Tensor:
             self._want(place, head, output)
@@ -135,7 +136,7 @@ class Gates(nn.Module):
             return output * opened[:, head.units].to(output.dtype)[..., None, None]
 
         return [
-            model.get_submodule(layer).register_forward_pre_hook(look),
+            model.get_submodule(layer).register_forward_pre_hook(look, with_kwargs=True),
             model.get_submodule(place.point).register_forward_hook(switch),
         ]
 
@@ -143,6 +144,11 @@ class Gates(nn.Module):
         if self.masks == "predicted":
             return open_units(self.logits[layer].detach())
         if self.masks == "targets":
+            if layer not in self.wanted:
+                raise ConfigError(
+                    "Gates are to open what the targets say, but there is no rule for targets. Expected one: set "
+                    "gates.targets, for example to rule_of(0.9)."
+                )
             return self.wanted[layer]
         self.opened[layer] = torch.ones(len(output), head.num_units, dtype=torch.bool, device=output.device)
         return None
@@ -150,6 +156,7 @@ class Gates(nn.Module):
     def _want(self, place: GatePlace, head: GateHead, output: Tensor) -> None:
         """Makes the targets from what the layer computed, before it is switched."""
         if self.targets is None:
+            self.wanted.pop(place.layer, None)
             return
         with torch.no_grad():
             active = output.detach() if place.activation is None else place.activation(output.detach())
@@ -182,7 +189,7 @@ class GatedNetwork(nn.Module):
         made = copy.deepcopy(self)
         left = [k for k, place in enumerate(made.gates.places) if place.layer not in layers]
         gates = Gates([made.gates.places[k] for k in left], [made.gates.all_heads()[k] for k in left])
-        gates.masks = made.gates.masks
+        gates.masks, gates.targets = made.gates.masks, made.gates.targets
         return GatedNetwork(made.model, gates)
 
 

@@ -77,10 +77,11 @@ class GateHead(nn.Module):
         """Returns logits ``(N, U)`` in float32 for the input ``(N, C_in, H, W)`` of the layer."""
         pooled = self.pooled(x.detach() if self.detached else x)
         with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.float(), self.bias.float()
             if not self.softmax:
-                return functional.linear(pooled * self.scale, self.weight[:, :-1], self.bias)
-            virtual = self.removed.log().expand(len(pooled), 1)
-            return functional.linear(torch.cat([pooled, virtual], 1).softmax(1), self.weight, self.bias)
+                return functional.linear(pooled * self.scale.float(), weight[:, :-1], bias)
+            virtual = self.removed.float().log().expand(len(pooled), 1)
+            return functional.linear(torch.cat([pooled, virtual], 1).softmax(1), weight, bias)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Returns the largest or the mean value of every input channel, ``(N, C_in)`` float32."""

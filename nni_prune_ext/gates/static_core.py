@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups
-from nni_prune_ext.graph.gate_places import GateFlow
+from nni_prune_ext.graph.gate_places import GateFlow, LayerFlow
 from nni_prune_ext.graph.label_book import Role
 
 
 class ReachCounter:
     """Counts, image by image, which channels of each group reach a layer that reads them.
 
-    A channel of a residual stream reaches its readers as long as any of its writers is open; behind a depthwise filter
-    the gate of that filter counts.
+    A channel of a residual stream reaches its readers as long as any of its writers is open. A depthwise filter passes
+    on what its own gate lets through, but its head sees what it reads, so both gates count.
     """
 
     def __init__(self, groups: ChannelGroups, flow: GateFlow) -> None:
@@ -52,21 +52,26 @@ def leak(rates: Mapping[str, Tensor], removed: Mapping[str, Tensor]) -> float:
 
 def _reading_signals(group: ChannelGroup, flow: GateFlow) -> tuple[Tensor, Tensor]:
     """Returns which channel of a group is read with which signal, ``(R,)`` each; 0 where a reader is not followed."""
-    layers = {f"{own.layer}.weight": own for own in flow.layers}
+    layers: dict[str, list[LayerFlow]] = {}
+    for call in flow.layers:
+        layers.setdefault(f"{call.layer}.weight", []).append(call)
     channels, signals = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for member in group.members:
+        index, channel = torch.from_numpy(member.index), torch.from_numpy(member.channel)
+        if member.role is Role.DEPTHWISE:  # its head reads what it reads
+            for own in layers.get(member.tensor, ()):
+                channels.append(channel)
+                signals.append(torch.from_numpy(own.reads)[index * len(own.reads) // len(own.writes)])
         if not member.reads:
             continue
-        own = layers.get(member.tensor)
-        index, channel = torch.from_numpy(member.index), torch.from_numpy(member.channel)
-        signal = torch.zeros_like(index)
-        if own is not None and member.role is Role.CONSUMER and member.dim == 1:
+        calls = layers.get(member.tensor, []) if member.role is Role.CONSUMER and member.dim == 1 else []
+        for own in calls:
             reads = torch.from_numpy(own.reads)
             width = len(reads) // own.groups
             for part in range(own.groups):  # a row of a grouped convolution's weight reads in every group
                 channels.append(channel)
                 signals.append(reads[part * width + index])
-            continue
-        channels.append(channel)
-        signals.append(signal)
+        if not calls:
+            channels.append(channel)
+            signals.append(torch.zeros_like(index))
     return torch.cat(channels), torch.cat(signals)

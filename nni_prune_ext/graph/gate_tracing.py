@@ -20,6 +20,7 @@ from nni_prune_ext.graph.label_book import LabelBook, Labels
 from nni_prune_ext.graph.model_copy import copy_model
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.graph.tracing import (
+    WRITES,
     Arguments,
     ChannelTracer,
     Keywords,
@@ -107,6 +108,7 @@ class _FlowTracer(ChannelTracer):
         self.unions: list[tuple[Signals, Signals, Signals]] = []
         self.convolutions: list[_Convolution] = []
         self._batch = next((t.shape[0] for t in tensors_in(example_inputs) if t.dim()), 1)
+        self._module_calls: Counter[str] = Counter()
         self._depths: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     @contextmanager
@@ -114,6 +116,7 @@ class _FlowTracer(ChannelTracer):
         """Notes, while the context is open, which module puts out what a convolution or its norm has written."""
 
         def note(name: str, output: object) -> None:
+            self._module_calls[name] += 1
             own = self._writing(output)
             if own is not None and not own.module:  # the innermost module is the first
                 own.module = name
@@ -147,7 +150,7 @@ class _FlowTracer(ChannelTracer):
                 "; ".join(_reasons(own)),
             )
             for own in self.convolutions
-            if own.module and calls[own.layer] == 1
+            if own.module and calls[own.layer] == 1 and self._module_calls[own.module] == 1
         )
         return GateFlow(tuple(self.layers), places, tuple(self.unions), len(self.book._parent))
 
@@ -158,6 +161,25 @@ class _FlowTracer(ChannelTracer):
             among = np.isin(made, list(found))
             found |= {int(x) for part in (one, other) for x in part[among]}
         return np.array(sorted(found), dtype=np.int64)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> object:
+        """Executes the call and follows it; whatever is written into in a way that is not followed is open."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        target = args[0] if args else None
+        in_place = name in WRITES or name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+        if in_place and isinstance(target, Tensor) and not _keeps_zeros(name, args, kwargs or {}):
+            if name not in _ADDITIONS | _PRODUCTS:
+                self.set_labels(target, None)
+            if target._base is not None:
+                self.set_labels(target._base, None)
+        return result
 
     def _apply(self, handler: Rule, name: str, call: tuple[Callable[..., object], Arguments, Keywords, object]) -> None:
         _, args, kwargs, result = call
@@ -176,7 +198,7 @@ class _FlowTracer(ChannelTracer):
             self._sum(args, kwargs, result)
         elif name in _PRODUCTS:
             self._product(given, result)
-        elif name.rstrip("_") in ACTIVATIONS or name in _KEEP_ZEROS or (name in _CLAMPS and _spans(args, kwargs)):
+        elif _keeps_zeros(name, args, kwargs):
             super()._apply(handler, name, call)
         else:
             for tensor in made:
@@ -209,12 +231,17 @@ class _FlowTracer(ChannelTracer):
         self.convolutions.append(found)
 
     def _norm(self, given: Sequence[Tensor], out: object) -> None:
-        """Lets the norm behind a convolution pass; any other norm makes something of zeros."""
+        """Lets the norm behind a convolution pass; any other norm makes something of zeros.
+
+        The gate then sits behind the norm: whoever reads what is in front of it reads all channels.
+        """
         own = self._writing(given[0])
-        if own is not None and own.raw() is given[0] and not own.normed and isinstance(out, Tensor):
+        alone = own is not None and own.raw() is given[0] and not own.normed and sum(own.uses.values()) == 1
+        if own is not None and alone and isinstance(out, Tensor):
             own.normed, own.point, own.module = True, weakref.ref(out), ""
             own.uses.clear()
             self.set_labels(out, self.labels_of(given[0]))
+            self.set_labels(given[0], None)
         else:
             for tensor in tensors_in(out):
                 self.set_labels(tensor, None)
@@ -264,10 +291,10 @@ class _FlowTracer(ChannelTracer):
                 own.reasons.append("it is read before its activation, too")
                 continue
             own.uses[name] += 1
-            known = name.rstrip("_")
-            if known in ACTIVATIONS and sum(own.uses.values()) == 1:
-                own.activation = Activation(known, _settings(ACTIVATIONS[known], args, kwargs))
-            elif known in ACTIVATIONS:
+            activation = _activation(name, args, kwargs)
+            if activation is not None and sum(own.uses.values()) == 1:
+                own.activation = activation
+            elif activation is not None:
                 own.reasons.append("it is read before its activation, too")
             own.overwritten = any(tensor is result for result in made)
 
@@ -294,6 +321,24 @@ def _reasons(own: _Convolution) -> list[str]:
     if others:
         return [f"'{others[0]}' reads it, which a gate does not pass alike"]
     return [] if own.uses else ["nothing reads it"]
+
+
+def _activation(name: str, args: Arguments, kwargs: Keywords) -> Activation | None:
+    """Returns the activation that a call is, if it keeps zeros with these settings."""
+    known = name.rstrip("_")
+    if known not in ACTIVATIONS:
+        return None
+    made = Activation(known, _settings(ACTIVATIONS[known], args, kwargs))
+    return made if float(made(torch.zeros(1))) == 0 else None
+
+
+def _keeps_zeros(name: str, args: Arguments, kwargs: Keywords) -> bool:
+    """Says whether a channel of zeros is one of zeros behind a call that only moves, reduces or maps values."""
+    if name in ("max", "min") and isinstance(argument(args, kwargs, 1, "other"), Tensor):
+        return False
+    if name in _CLAMPS:
+        return _spans(args, kwargs)
+    return name in _KEEP_ZEROS or _activation(name, args, kwargs) is not None
 
 
 def _spans(args: Arguments, kwargs: Keywords) -> bool:

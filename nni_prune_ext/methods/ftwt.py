@@ -209,6 +209,8 @@ class Ftwt(PruningMethod):
         if self.options.block > 1:
             self.gates = self._fresh(places, self._blocks(context, probe)).to(device)
             probe = self._probe(context, flow, batches)
+            if self.options.expected_macs is not None:
+                self.mass = solved_mass(probe, self.options.expected_macs)
         if not self.options.softmax:
             probe.scale_heads()
         if not self.options.safe_start:
@@ -270,6 +272,10 @@ class Ftwt(PruningMethod):
         left = sum(p.numel() for p in context.model.parameters())
         self._facts["never_firing_params_share"] = 1 - left / params
         self._facts["never_firing_macs_share"] = 1 - _macs_per_image(context) / dense
+        if {name: len(rate) for name, rate in self._rates.items()} != {
+            group.name: group.num_channels for group in context.groups
+        }:  # a depthwise layer that is left with one channel is a group of its own
+            self._rates = self._reached(context, calibration)
         plan = context.allocate(self._scores(context)).plan
         if plan.num_removed:
             context.apply(plan)
