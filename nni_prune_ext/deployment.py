@@ -198,7 +198,9 @@ def compare_variants(
             row = replace(_row(variant, files, example_inputs, control=bool(rows)), parity_limit=fail)
             if row.parity is not None:
                 tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
-            rows.append(row if test_batches is None else _with_accuracy(row, variant, files.onnx, test_batches, metric))
+            if test_batches is not None:
+                row = _with_accuracy(row, variant, files.onnx, test_batches, metric, example_inputs)
+            rows.append(row)
         latency = None
         if measurement is not None:
             tell("measuring latency, all networks side by side")
@@ -278,7 +280,9 @@ def _origin(variant: Variant) -> dict[str, str]:
     }
 
 
-def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: Batches, metric: Metric | None) -> Row:
+def _with_accuracy(
+    row: Row, variant: Variant, onnx: Path, batches: Batches, metric: Metric | None, example_inputs: ExampleInputs
+) -> Row:
     measure = metric or accuracy
     plain, single = variant.result is not None and variant.flavour is None, variant.flavour == "compact"
     row = replace(
@@ -288,16 +292,16 @@ def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: Batches, met
         top1_onnx=onnx_accuracy(onnx, batches, single=single) if metric is None and _are_images(batches) else None,
     )
     gated = isinstance(variant.model, GatedNetwork) and _are_images(batches)
-    return _with_expected_macs(row, variant, batches) if gated else row
+    return _with_expected_macs(row, variant, batches, example_inputs) if gated else row
 
 
-def _with_expected_macs(row: Row, variant: Variant, batches: Batches) -> Row:
-    """Puts in the mean over the test images in the place of the MACs of the static network."""
+def _with_expected_macs(row: Row, variant: Variant, batches: Batches, example_inputs: ExampleInputs) -> Row:
+    """Puts in the mean over the test images in the place of the MACs of the static network, for as many as all rows."""
     assert isinstance(variant.model, GatedNetwork)
     example = next(tensors_in(next(iter(batches))))[:1]
     expected, _ = measure_gating(variant.model, example, batches)
     note = f"expected MACs: mean over {expected.images} test images, standard deviation {expected.spread:.4g}"
-    return replace(row, macs=round(expected.mean), asked=note)
+    return replace(row, macs=round(expected.mean * len(next(tensors_in(example_inputs)))), asked=note)
 
 
 def _are_images(batches: Batches) -> bool:

@@ -11,16 +11,22 @@ import numpy as np
 from torch import Tensor
 
 from nni_prune_ext.deployment import runtime
-from nni_prune_ext.errors import ConfigError, ExportError, NniPruneExtError, ParityError
+from nni_prune_ext.errors import ConfigError, ExportError, NniPruneExtError, OutputError, ParityError
 from nni_prune_ext.evaluation import LatencyReport, measure_latency
 from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
-from nni_prune_ext.export.onnx_static import export_onnx, temporary_folder_beside
+from nni_prune_ext.export.onnx_static import export_onnx, publish, temporary_folder_beside
 from nni_prune_ext.export.parity import FAIL
 from nni_prune_ext.gates import GatedNetwork
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.runtimes.base import RunnableModel
 
 FEWEST_IMAGES = 8
+FLAVOURS: Mapping[str, Mapping[str, str]] = {
+    "mask": {"flavour": "mask"},
+    "compact": {"flavour": "compact"},
+    "compact, all layers": {"flavour": "compact", "gathered": "all"},
+}
+"""Name of a row → what is asked of the export."""
 STATIC_CORE = "static core"
 """The network under the gates, with all that is left always running: another function, and the time to beat."""
 
@@ -52,6 +58,7 @@ def export_fastest(
     *,
     references: Mapping[str, Path] | None = None,
     fold: bool = False,
+    opset: int = 18,
     properties: Mapping[str, str] | None = None,
     fail: float = FAIL,
     rounds: int = 30,
@@ -66,6 +73,7 @@ def export_fastest(
         images: real images ``(N, C, H, W)``, eight at least, 64 or more for the comparison with PyTorch.
         references: name → ONNX file to beat, such as the dense network; the first one is what ratios refer to.
         fold: layers that do not gain lose their gates in the flavour ``compact``: that is another function.
+        opset: ONNX operator set.
         properties: further metadata for the file.
         fail: largest relative difference to PyTorch that passes where masks agree.
         rounds: fewest rounds of the measurement.
@@ -81,18 +89,28 @@ def export_fastest(
             f"The fastest flavour is to be measured on {len(images)} images, expected {FEWEST_IMAGES} or more: the "
             "work of a gated network depends on the image. Pass more images."
         )
+    taken = sorted({STATIC_CORE, *FLAVOURS} & set(references or {}))
+    if taken:
+        raise ConfigError(
+            f"A reference is called '{taken[0]}', as one of the rows is. Expected another name. Rename it."
+        )
+    if path.is_dir():
+        raise OutputError(f"'{path}' is a folder, expected the name of a file. Choose another path.")
     with temporary_folder_beside(path) as folder:
-        write = partial(export_gated, network, example_inputs, images=images, properties=properties, fail=fail)
+        write = partial(
+            export_gated, network, example_inputs, images=images, properties=properties, opset=opset, fail=fail
+        )
         made, refused = _flavours(write, folder, fold=fold)
         core = folder / "core.onnx"
-        export_onnx(network.model, example_inputs, core)
+        export_onnx(network.model, example_inputs, core, opset=opset, fail=fail)
         files = {**(references or {}), STATIC_CORE: core, **{name: own.path for name, own in made.items()}}
         entries = {name: (runtime("onnxruntime-cpu"), RunnableModel(onnx_path=file)) for name, file in files.items()}
         singles = [[np.ascontiguousarray(image[None].cpu().numpy())] for image in images]
         latency = measure_latency(entries, singles, rounds=rounds, min_seconds=min_seconds, threads=1)
         ratios = {row.name: row.ratio for row in latency.rows}
         best = min(made, key=ratios.__getitem__)
-        made[best].path.replace(path)
+        made[best].path.replace(folder / path.name)
+        publish(folder, path)
     verdict = _verdict(best, ratios, made, latency.error_bar)
     return FastestFlavour(replace(made[best], path=path), best, latency, refused, verdict)
 
@@ -105,16 +123,12 @@ def _flavours(
     Raises:
         NniPruneExtError: none could be written.
     """
-    wanted: dict[str, dict[str, object]] = {
-        "mask": {"flavour": "mask"},
-        "compact": {"flavour": "compact", "fold": fold},
-        "compact, all layers": {"flavour": "compact", "gathered": "all"},
-    }
     made: dict[str, GatedExport] = {}
     errors: dict[str, NniPruneExtError] = {}
-    for number, (name, options) in enumerate(wanted.items()):
+    for number, (name, options) in enumerate(FLAVOURS.items()):
+        folds = {"fold": True} if fold and name == "compact" else {}
         try:
-            made[name] = write(folder / f"{number}.onnx", **options)
+            made[name] = write(folder / f"{number}.onnx", **options, **folds)
         except (ConfigError, ExportError, ParityError) as error:
             errors[name] = error
     if not made:

@@ -37,7 +37,7 @@ METHODS["ftwt"] = [
     "method=ftwt",
     "options={head_epochs: 2, epochs: 4, core_epochs: 2, softmax: false, calibration_batches: 4}",
 ]
-PARTS = ("plan.json", "model.safetensors")
+PARTS = ("plan.json", "model.safetensors", "gated.safetensors")
 
 
 def main() -> None:

@@ -102,6 +102,10 @@ def export(
 
     if flavour not in FLAVOURS:
         raise ConfigError(f"The flavour is '{flavour}', expected {', '.join(FLAVOURS[:-1])} or {FLAVOURS[-1]}.")
+    if flavour == "mask" and fold:
+        raise ConfigError(
+            "The flavour mask gathers and folds nothing, but --fold was given, expected compact. Leave --fold out."
+        )
     checked_manifest(artefact, needed=(GATED,))
     check_writable(out.parent)
     known = ModelSpec.load(artefact)
@@ -116,7 +120,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     verdict, rows = "", {}
     if flavour == "fastest":
-        best = export_fastest(network, job.example, out, given, fold=fold)
+        best = export_fastest(network, job.example, out, given, fold=fold, opset=opset)
         made, verdict, rows = best.export, best.verdict, {row.name: row.ratio for row in best.latency.rows}
     else:
         kind: Flavour = "mask" if flavour == "mask" else "compact"

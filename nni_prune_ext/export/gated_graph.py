@@ -14,7 +14,7 @@ from torch.nn import functional
 from nni_prune_ext.errors import ExportError
 from nni_prune_ext.export.exporters import export_graph
 from nni_prune_ext.export.frozen_model import evaluation_mode, exportable_form
-from nni_prune_ext.export.gate_markers import DOMAIN, OPERATOR
+from nni_prune_ext.export.gate_markers import DOMAIN, OPERATOR, read_markers
 from nni_prune_ext.export.model_call import as_call, named_leaves
 from nni_prune_ext.gates.gated_network import GatedNetwork
 from nni_prune_ext.gates.heads import GateHead
@@ -46,6 +46,13 @@ def marked_graph(network: GatedNetwork, example_inputs: ExampleInputs, *, opset:
         proto, _, _ = export_graph(
             exportable, call, outputs=outputs, exporter="dynamo", opset=opset, dynamic_batch=True
         )
+    written = {marker.name for marker in read_markers(proto.graph)}
+    lost = [place.layer for place in network.gates.places if place.layer not in written]
+    if lost:
+        raise ExportError(
+            f"The gate of '{lost[0]}' is not in the exported graph, expected all {len(network.gates.places)} gates: "
+            "its layer was not called as a module. Gate other layers, or call it as one."
+        )
     return proto
 
 
@@ -57,8 +64,10 @@ def _fold(model: nn.Module, place: GatePlace) -> bool:
     layer = model.get_submodule(place.layer)
     if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or not isinstance(layer, nn.Conv2d):
         return False
-    _replace(model, place.layer, torch.nn.utils.fuse_conv_bn_eval(layer, norm))
-    _replace(model, place.point, nn.Identity())
+    if not place.alone:
+        return False
+    _replace(model, layer, torch.nn.utils.fuse_conv_bn_eval(layer, norm))
+    _replace(model, norm, nn.Identity())
     return True
 
 
@@ -66,15 +75,18 @@ def _mark(model: nn.Module, place: GatePlace, head: GateHead, *, folded: bool) -
     """Puts the head in front of a layer and the marker behind its point."""
     layer, seen = model.get_submodule(place.layer), _Seen()
     if folded:
-        _replace(model, place.layer, _MarkedLayer(layer, head, place.layer))
+        _replace(model, layer, _MarkedLayer(layer, head, place.layer))
     else:
-        _replace(model, place.layer, _Watched(layer, head, seen))
-        _replace(model, place.point, _MarkedPoint(model.get_submodule(place.point), head, place.layer, seen))
+        point = model.get_submodule(place.point)
+        _replace(model, layer, _Watched(layer, head, seen))
+        _replace(model, point, _MarkedPoint(point, head, place.layer, seen))
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module.eval())
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, under all of its names."""
+    holders = [(parent, name) for parent in model.modules() for name, own in parent._modules.items() if own is old]
+    for parent, name in holders:
+        parent._modules[name] = new.eval()
 
 
 class _ExportedHead(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor
 from nni_prune_ext.errors import ConfigError, ExportError
 from nni_prune_ext.export.gate_graphs import with_masks
 from nni_prune_ext.export.gate_markers import open_name
+from nni_prune_ext.export.parity import onnxruntime_errors
 from nni_prune_ext.gates.gated_network import GatedNetwork
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import tensors_in
@@ -78,12 +79,11 @@ def check_gated_parity(
             "The network has no gate left, expected one at least: there are no masks to compare. Export it as a plain "
             "network: export_onnx(network.model, …)."
         )
-    size = len(images) if batch_size is None else batch_size
-    with untouched(network), torch.no_grad():
-        expected = [own.cpu().numpy() for own in tensors_in(network(images))]
-        masks = {layer: own.cpu().numpy() for layer, own in network.gates.opened.items()}
-    parts = [images[start : start + size].cpu().numpy() for start in range(0, len(images), size)]
-    made = _run(with_masks(graph), parts, [open_name(layer) for layer in layers])
+    if not len(images):
+        raise ConfigError("There are 0 images to compare on, expected 64 or more. Pass real images (N, C, H, W).")
+    parts = images.split(len(images) if batch_size is None else batch_size)  # type: ignore[no-untyped-call]
+    expected, masks = _reference(network, parts)
+    made = _run(with_masks(graph), [part.cpu().numpy() for part in parts], [open_name(layer) for layer in layers])
     same = np.stack([(made[open_name(layer)] == masks[layer]).all(axis=1) for layer in layers]).all(axis=0)
     hits = sum(int((made[open_name(layer)] == masks[layer]).sum()) for layer in layers)
     bits = sum(own.size for own in masks.values())
@@ -102,13 +102,29 @@ def check_gated_parity(
     )
 
 
+def _reference(network: GatedNetwork, parts: Sequence[Tensor]) -> tuple[list[Array], dict[str, Array]]:
+    """Returns outputs and masks of PyTorch, image by image where the graph runs so."""
+    outputs: list[list[Tensor]] = []
+    masks: dict[str, list[Tensor]] = {}
+    with untouched(network), torch.no_grad():
+        for part in parts:
+            outputs.append(list(tensors_in(network(part))))
+            for layer, own in network.gates.opened.items():
+                masks.setdefault(layer, []).append(own)
+    network.gates.forget()
+    return (
+        [torch.cat(own).cpu().numpy() for own in zip(*outputs)],
+        {layer: torch.cat(own).cpu().numpy() for layer, own in masks.items()},
+    )
+
+
 def _run(graph: onnx.ModelProto, parts: Sequence[Array], masks: Sequence[str]) -> dict[str, Array]:
     onnxruntime = importlib.import_module("onnxruntime")  # not at the top: it is heavy
     try:
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
         port = session.get_inputs()[0].name
         rows = [session.run(None, {port: part}) for part in parts]
-    except RuntimeError as error:
+    except onnxruntime_errors() as error:
         raise ExportError(
             f"ONNX Runtime does not run the gated graph: {str(error).splitlines()[0]}. Expected a graph for images of "
             f"shape {parts[0].shape}. Export with the example inputs that the network was built with."

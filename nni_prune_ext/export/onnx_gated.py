@@ -13,7 +13,7 @@ function, that of ``network.without(layers)``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,12 +29,15 @@ from nni_prune_ext.export.gated_parity import AGREEMENT, GatedParity, check_gate
 from nni_prune_ext.export.onnx_static import published
 from nni_prune_ext.export.parity import FAIL
 from nni_prune_ext.export.provenance import provenance
+from nni_prune_ext.export.single_input import fix_batch
 from nni_prune_ext.gates.gated_network import GatedNetwork
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
+from nni_prune_ext.specs import did_you_mean
 
 Flavour = Literal["mask", "compact"]
 
+_OWN_PROPERTIES = frozenset({"flavour", "speed", "limits", "gathered", "folded"})
 SMALLEST_GAIN = 0.1
 """By how much the firing rate of a layer must stay below its break-even rate."""
 SMALLEST_LAYER_MACS = 2_500_000
@@ -100,7 +103,7 @@ def export_gated(
         gathered: layers that compute their open filters only; by default those whose firing rate on the images is below
             their break-even rate (all that can be, without images); ``all`` takes whatever can be.
         fold: layers that are not gathered are no longer gated; the file is another function then.
-        dynamic_batch: leave the batch size open; by default wherever the flavour can.
+        dynamic_batch: leave the batch size open; by default wherever the flavour can. Without, it is 1.
         opset: ONNX operator set.
         properties: further metadata for the file, without prefix.
         fail: largest relative difference to PyTorch that passes where masks agree.
@@ -111,27 +114,33 @@ def export_gated(
         ParityError: masks or outputs differ from PyTorch's; no file is left.
         OutputError: the file cannot be written.
     """
+    _check(flavour, gathered, fold, images, properties or {})
     if flavour == "compact" and dynamic_batch:
         raise ConfigError(
             "An open batch size was asked for with the flavour compact, which runs one image at a time: the images of "
             "a batch need different filters. Leave dynamic_batch out, or export the flavour mask."
         )
-    if flavour == "mask" and (fold or gathered is not None):
-        raise ConfigError(
-            "The flavour mask gathers and folds nothing. Leave gathered and fold out, or ask for compact."
-        )
     marked = marked_graph(network, example_inputs, opset=opset)
     layers = gated_layers(marked)
+    if gathered is not None and gathered != "all":
+        _check_names(gathered, [own.name for own in layers])
     left_out: dict[str, str] = {own.name: "the flavour is mask" for own in layers}
     if flavour == "compact":
         rates = None if images is None else firing_rates(network, images)
         left_out = dict(_left_out(layers, rates, gathered))
     folded = tuple(left_out) if fold else ()
+    if folded and len(folded) == len(layers):
+        raise ConfigError(
+            f"No layer gains from its gate ({next(iter(left_out.values()))}): with fold there would be no gate left, "
+            "expected one that stays. Export the static core with export_onnx(network.model, …), or leave fold out."
+        )
     if folded:
         network = network.without(folded)
         marked = marked_graph(network, example_inputs, opset=opset)
     chosen = tuple(own.name for own in layers if own.name not in left_out)
     graph = mask_form(marked) if flavour == "mask" else compact_form(marked, chosen)
+    if flavour == "mask" and dynamic_batch is False:
+        fix_batch(graph)
     written = {
         "flavour": flavour,
         "speed": "none" if flavour == "mask" else "one image at a time on ONNX Runtime CPU",
@@ -152,11 +161,60 @@ def export_gated(
     return GatedExport(Path(path), flavour, chosen, masked, folded, network, parity, LIMITS[flavour], size)
 
 
+def _check(
+    flavour: str,
+    gathered: Collection[str] | Literal["all"] | None,
+    fold: bool,
+    images: Tensor | None,
+    properties: Mapping[str, str],
+) -> None:
+    """Refuses options that do not fit together.
+
+    Raises:
+        ConfigError: with the one that does not.
+    """
+    if flavour not in LIMITS:
+        raise ConfigError(f"The flavour is '{flavour}', expected {' or '.join(LIMITS)}. Choose one of these.")
+    if flavour == "mask" and (fold or gathered is not None):
+        raise ConfigError(
+            "The flavour mask gathers and folds nothing, but layers to gather or fold were given, expected none. Leave "
+            "gathered and fold out, or ask for compact."
+        )
+    if images is not None and not len(images):
+        raise ConfigError("There are 0 images to compare on, expected 64 or more. Pass real images (N, C, H, W).")
+    taken = sorted(_OWN_PROPERTIES & properties.keys())
+    if taken:
+        raise ConfigError(
+            f"The property '{taken[0]}' was given, but the export writes it. Expected other names than "
+            f"{', '.join(sorted(_OWN_PROPERTIES))}. Rename it."
+        )
+
+
+def _check_names(gathered: Collection[str], layers: Sequence[str]) -> None:
+    """Refuses names to gather that are no gated layers.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    if isinstance(gathered, str):
+        raise ConfigError(
+            f"The layers to gather are the text '{gathered}', expected a list of names, or 'all'. Pass ['{gathered}']."
+        )
+    unknown = [name for name in gathered if name not in layers]
+    if unknown:
+        raise ConfigError(
+            f"There is no gated layer '{unknown[0]}' to gather.{did_you_mean(unknown[0], list(layers))} Expected some "
+            f"of {', '.join(layers[:5])}{', …' if len(layers) > 5 else ''}. Correct the name."
+        )
+
+
 def firing_rates(network: GatedNetwork, images: Tensor) -> dict[str, float]:
     """Returns layer → share of its filters that are open, mean over the images."""
     with untouched(network), torch.no_grad():
         network(images)
-        return {layer: float(own.float().mean()) for layer, own in network.gates.open_channels().items()}
+        rates = {layer: float(own.float().mean()) for layer, own in network.gates.open_channels().items()}
+    network.gates.forget()
+    return rates
 
 
 def break_even(layer: GatedLayer) -> float:

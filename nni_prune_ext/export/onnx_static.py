@@ -113,7 +113,7 @@ def export_onnx(
             parity = check_parity(model, draft, example_inputs, given_inputs=given_inputs, fail=fail)
             _require_parity(parity, model, fail)
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
-        data_path = _publish(folder, path)
+        data_path = publish(folder, path)
     return ExportResult(path, data_path, used, reason, written, parity, size_bytes)
 
 
@@ -127,7 +127,7 @@ def published(proto: onnx.ModelProto, path: Path, model: nn.Module) -> int:
     with temporary_folder_beside(path) as folder:
         _write(proto, folder / path.name, model)
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
-        _publish(folder, path)
+        publish(folder, path)
     return size_bytes
 
 
@@ -213,7 +213,7 @@ def _not_finite_weights(model: nn.Module) -> str:
     return "its weights hold such values: " + ", ".join(f"{count:,} in '{name}'" for name, count in found.items())
 
 
-def _publish(folder: Path, path: Path) -> Path | None:
+def publish(folder: Path, path: Path) -> Path | None:
     """Moves the finished files to their place, the one that refers to the other last."""
     data_path = _data_path(path)
     has_data = (folder / data_path.name).exists()

@@ -146,12 +146,12 @@ def _open(onnx_path: Path) -> _Session:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs in turn with it
     try:
         session: _Session = onnxruntime.InferenceSession(str(onnx_path), options, providers=[_PROVIDER])
-    except _onnxruntime_errors() as error:
+    except onnxruntime_errors() as error:
         raise _not_runnable(f"ONNX Runtime cannot load it: {error}") from error
     return session
 
 
-def _onnxruntime_errors() -> tuple[type[Exception], ...]:
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
     """Returns what ONNX Runtime raises; its exceptions have no common base (1.31)."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     own = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
@@ -209,7 +209,7 @@ def _run(session: _Session, call: ModelCall) -> list[Array]:
         tensors = dict(zip(names, tensors.values(), strict=False))
     try:
         outputs = session.run(None, {name: tensors[name] for name in names if name in tensors})
-    except _onnxruntime_errors() as error:
+    except onnxruntime_errors() as error:
         shapes = {name: array.shape for name, array in tensors.items()}
         raise _not_runnable(f"It does not run on inputs of shape {shapes}: {error}") from error
     return [np.asarray(output, np.float64) for output in outputs]

@@ -66,6 +66,7 @@ class GatePlace:
         groups: of the convolution.
         activation: what follows the point directly, if it keeps zeros.
         unsuitable: why it is not gated unless it is named; empty for the usual places.
+        alone: whether nobody reads what the convolution writes in front of the point.
     """
 
     layer: str
@@ -75,6 +76,7 @@ class GatePlace:
     groups: int
     activation: Activation | None
     unsuitable: str = ""
+    alone: bool = True
 
 
 @dataclass(frozen=True)

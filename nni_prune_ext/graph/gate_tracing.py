@@ -80,6 +80,7 @@ class _Convolution:
     normed: bool = False
     overwritten: bool = False
     added_deeper: bool = False
+    read_raw: bool = False
     activation: Activation | None = None
     uses: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
@@ -148,6 +149,7 @@ class _FlowTracer(ChannelTracer):
                 own.flow.groups,
                 own.activation,
                 "; ".join(_reasons(own)),
+                not own.read_raw,
             )
             for own in self.convolutions
             if own.module and calls[own.layer] == 1 and self._module_calls[own.module] == 1
@@ -284,6 +286,8 @@ class _FlowTracer(ChannelTracer):
         self, name: str, args: Arguments, kwargs: Keywords, given: Sequence[Tensor], made: Sequence[Tensor]
     ) -> None:
         for tensor in given:
+            for past in self.convolutions:
+                past.read_raw |= past.normed and past.raw() is tensor
             own = self._writing(tensor)
             if own is None:
                 continue
