@@ -94,7 +94,7 @@ def export(
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
     from nni_prune_ext.deployment import load_gated
     from nni_prune_ext.errors import ConfigError
-    from nni_prune_ext.export.artefact_folder import GATED, ModelSpec, check_writable
+    from nni_prune_ext.export.artefact_folder import GATED, ONNX, ModelSpec, check_writable
     from nni_prune_ext.export.manifest import checked_manifest
     from nni_prune_ext.export.onnx_gated import export_gated
     from nni_prune_ext.gated_deployment import export_fastest
@@ -120,7 +120,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     verdict, rows = "", {}
     if flavour == "fastest":
-        best = export_fastest(network, job.example, out, given, fold=fold, opset=opset)
+        dense = artefact.parent / "dense" / ONNX  # where a run puts it
+        references = {"dense": dense} if dense.is_file() else None
+        best = export_fastest(network, job.example, out, given, references=references, fold=fold, opset=opset)
         made, verdict, rows = best.export, best.verdict, {row.name: row.ratio for row in best.latency.rows}
     else:
         kind: Flavour = "mask" if flavour == "mask" else "compact"

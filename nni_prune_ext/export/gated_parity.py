@@ -108,7 +108,7 @@ def _reference(network: GatedNetwork, parts: Sequence[Tensor]) -> tuple[list[Arr
     masks: dict[str, list[Tensor]] = {}
     with untouched(network), torch.no_grad():
         for part in parts:
-            outputs.append(list(tensors_in(network(part))))
+            outputs.append(list(tensors_in(network(part.to(next(network.parameters()).device)))))
             for layer, own in network.gates.opened.items():
                 masks.setdefault(layer, []).append(own)
     network.gates.forget()

@@ -1,7 +1,7 @@
 """Writes a gated network as ONNX, in flavours that differ in who can run them and whether they are faster.
 
-* ``mask``: gates multiply. Any batch size and any runtime; nothing is saved, it is a few per cent slower than without
-  gates. The reference.
+* ``mask``: gates multiply. Any batch size and any runtime; nothing is saved, it is slower than without gates. The
+  reference.
 * ``compact``: a gated layer computes its open filters only, and what reads them reads these only. Standard ONNX for one
   image at a time, for ONNX Runtime on the CPU.
 
@@ -37,6 +37,7 @@ from nni_prune_ext.specs import did_you_mean
 
 Flavour = Literal["mask", "compact"]
 
+_NOTHING_GATHERED = "one image at a time, and no layer gains from computing its open filters only: all gates are masks"
 _OWN_PROPERTIES = frozenset({"flavour", "speed", "limits", "gathered", "folded"})
 SMALLEST_GAIN = 0.1
 """By how much the firing rate of a layer must stay below its break-even rate."""
@@ -141,10 +142,11 @@ def export_gated(
     graph = mask_form(marked) if flavour == "mask" else compact_form(marked, chosen)
     if flavour == "mask" and dynamic_batch is False:
         fix_batch(graph)
+    limits = LIMITS[flavour] if flavour == "mask" or chosen else _NOTHING_GATHERED
     written = {
         "flavour": flavour,
-        "speed": "none" if flavour == "mask" else "one image at a time on ONNX Runtime CPU",
-        "limits": LIMITS[flavour],
+        "speed": "one image at a time on ONNX Runtime CPU" if flavour == "compact" and chosen else "none",
+        "limits": limits,
         "gathered": ", ".join(chosen) if flavour == "compact" else "",
         "folded": ", ".join(folded),
         **(properties or {}),
@@ -158,7 +160,7 @@ def export_gated(
         _require(parity)
     masked = {} if fold else left_out
     size = published(graph, Path(path), network)
-    return GatedExport(Path(path), flavour, chosen, masked, folded, network, parity, LIMITS[flavour], size)
+    return GatedExport(Path(path), flavour, chosen, masked, folded, network, parity, limits, size)
 
 
 def _check(
@@ -211,10 +213,13 @@ def _check_names(gathered: Collection[str], layers: Sequence[str]) -> None:
 def firing_rates(network: GatedNetwork, images: Tensor) -> dict[str, float]:
     """Returns layer → share of its filters that are open, mean over the images."""
     with untouched(network), torch.no_grad():
-        network(images)
-        rates = {layer: float(own.float().mean()) for layer, own in network.gates.open_channels().items()}
+        device, sums = next(network.parameters()).device, dict[str, float]()
+        for part in images.split(64):  # type: ignore[no-untyped-call]
+            network(part.to(device))
+            for layer, own in network.gates.open_channels().items():
+                sums[layer] = sums.get(layer, 0.0) + float(own.float().mean(1).sum())
     network.gates.forget()
-    return rates
+    return {layer: total / len(images) for layer, total in sums.items()}
 
 
 def break_even(layer: GatedLayer) -> float:

@@ -30,6 +30,7 @@ from nni_prune_ext.inputs import ExampleInputs
 Run = Callable[[Any], object]
 """Runs the network on one batch."""
 
+_NO_BATCH = "There is no batch, expected some hundred images. Pass batches of (images, labels)."
 MASSES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
@@ -60,7 +61,7 @@ class GateProbe:
         flow: GateFlow,
         gates: Gates,
         run: Run,
-        batches: Sequence[object],
+        batches: Iterable[object],
         *,
         data: str = "training images",
         dense: int | None = None,
@@ -115,7 +116,9 @@ class GateProbe:
     def passes(self, masks: Masks, targets: Targets | None = None) -> Iterator[None]:
         """Runs all batches with these masks; after each, the gates hold what they saw."""
         with untouched(self.model), torch.no_grad(), _set(self.gates, masks, targets), self.gates.on(self.model):
+            seen = False
             for batch in self.batches:
+                seen = True
                 self.gates.forget()
                 self.run(batch)
                 if len(self.gates.opened) != len(self.gates.places):
@@ -125,6 +128,8 @@ class GateProbe:
                         "per forward pass. Name the layers to gate without it."
                     )
                 yield
+            if not seen:
+                raise ConfigError(_NO_BATCH)
 
 
 def rule_of(mass: float, *, uniform: bool = False) -> Targets:
@@ -197,10 +202,8 @@ def measure_gating(
     if not network.gates.places:
         raise ConfigError("The network has no gate left, expected one at least. Count its MACs with count_costs.")
     flow, call = trace_gate_flow(network.model, example_inputs), partial(_run_on_images, network.model)
-    given = _checked(batches)
-    return GateProbe(network.model, example_inputs, flow, network.gates, call, given, data=data, dense=dense).measured(
-        "predicted"
-    )
+    probe = GateProbe(network.model, example_inputs, flow, network.gates, call, batches, data=data, dense=dense)
+    return probe.measured("predicted")
 
 
 def solve_mass(
@@ -283,7 +286,7 @@ def gate_probe(
 def _checked(batches: Iterable[object]) -> list[object]:
     given = list(batches)
     if not given:
-        raise ConfigError("There is no batch, expected some hundred images. Pass batches of (images, labels).")
+        raise ConfigError(_NO_BATCH)
     return given
 
 

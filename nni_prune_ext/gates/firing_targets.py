@@ -52,7 +52,7 @@ def mass_targets(values: Tensor, mass: float) -> Tensor:
         within = ranked.cumsum(1) <= mass + TOLERANCE
         within[:, 0] = True
         kept = torch.zeros_like(within).scatter_(1, order, within)
-    return kept | (total <= 0)
+    return kept | ~((total > 0) & total.isfinite())
 
 
 def uniform_targets(values: Tensor, removed: float) -> Tensor:

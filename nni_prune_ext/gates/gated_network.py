@@ -45,6 +45,7 @@ class Gates(nn.Module):
     def __init__(self, places: Sequence[GatePlace], heads: Sequence[GateHead]) -> None:
         super().__init__()
         self.places = tuple(places)
+        self._numbers = {place.layer: number for number, place in enumerate(self.places)}
         self.heads = nn.ModuleList(heads)
         self.masks: Masks = "predicted"
         self.targets: Targets | None = None
@@ -68,7 +69,7 @@ class Gates(nn.Module):
 
     def head(self, layer: str) -> GateHead:
         """Returns the head of a gated layer."""
-        return self.all_heads()[[place.layer for place in self.places].index(layer)]
+        return cast("GateHead", self.heads[self._numbers[layer]])
 
     def open_channels(self) -> dict[str, Tensor]:
         """Returns layer → which filters were open in the last forward pass, ``(N, C)`` bool."""
@@ -125,7 +126,8 @@ class Gates(nn.Module):
 
         def look(module: nn.Module, args: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
             if self.masks == "predicted" or self.teaching:
-                self.logits[layer] = head(args[0] if args else keywords["input"])
+                logits = head(args[0] if args else keywords["input"])
+                self.logits[layer] = logits.detach() if self.targets is None else logits
 
         def switch(module: nn.Module, args: object, output: Tensor) -> Tensor:
             self._want(place, head, output)
@@ -165,7 +167,7 @@ class Gates(nn.Module):
 
 
 class GatedNetwork(nn.Module):
-    """A plain network with its gates, which are on it only while it runs.
+    """A plain network with its gates, which are on it only while it runs: one call at a time.
 
     Attributes:
         model: the network.

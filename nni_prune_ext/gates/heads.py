@@ -60,6 +60,13 @@ class GateHead(nn.Module):
         """Counts the units."""
         return len(self.bias)
 
+    @property
+    def macs(self) -> int:
+        """Counts multiply–accumulates per image; a head of zeros, which opens the same for all images, has none."""
+        if not bool(self.weight.any()):
+            return 0
+        return self.num_units * (self.weight.shape[1] - 1 + bool(self.removed))
+
     def reset(self, *, safe_start: bool) -> None:
         """Draws weights as PyTorch does for a convolution; with a safe start every unit begins open for every image."""
         bound = 1 / math.sqrt(self.weight.shape[1] - 1)

@@ -82,5 +82,5 @@ def mac_counter(
     images = next((tensor.shape[0] for tensor in tensors_in(example_inputs) if tensor.dim()), 1)
     macs = count_costs(model, example_inputs).macs // images
     other = macs - sum(layer.macs for layer in flow.layers)
-    heads = sum(head.weight.numel() for head in gates.all_heads())
+    heads = sum(head.macs for head in gates.all_heads())
     return MacCounter(flow, dense=macs if dense is None else dense, other=max(other, 0), heads=heads)

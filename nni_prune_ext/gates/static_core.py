@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.gates.gated_network import Gates
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups
 from nni_prune_ext.graph.gate_places import GateFlow, LayerFlow
 from nni_prune_ext.graph.label_book import Role
+from nni_prune_ext.graph.state import untouched
+from nni_prune_ext.inputs import tensors_in
 
 
 class ReachCounter:
@@ -37,6 +42,53 @@ class ReachCounter:
     def rates(self) -> dict[str, Tensor]:
         """Returns group → share of the images for which each channel reached a reader, ``(num_channels,)``."""
         return {name: count / max(self.images, 1) for name, count in self._counts.items()}
+
+
+CUT_LIMIT = 1e-4
+"""Largest relative difference of a gated network before and after what never reached anybody was removed."""
+
+
+@dataclass(frozen=True)
+class GatedOutputs:
+    """What a gated network made of some images: its first output, and which units of which layer were open."""
+
+    output: Tensor
+    opened: Mapping[str, Tensor]
+
+
+def captured_call(model: nn.Module, run: Callable[[], object]) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Returns the arguments with which ``run`` calls a model; the model is left as it was."""
+    seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        with untouched(model), torch.no_grad():
+            run()
+    finally:
+        handle.remove()
+    if not seen:
+        raise ConfigError("The loss did not call the model on a batch, expected model(images). Let it call the model.")
+    return seen[0]
+
+
+def gated_outputs(model: nn.Module, gates: Gates, call: tuple[tuple[object, ...], dict[str, object]]) -> GatedOutputs:
+    """Runs a network with its gates on, in evaluation mode and float32; the network is left as it was."""
+    with untouched(model), torch.no_grad(), gates.on(model):
+        output = next(tensors_in(model(*call[0], **call[1])))
+        found = GatedOutputs(output.detach().clone(), dict(gates.opened))
+    gates.forget()
+    return found
+
+
+def cut_error(before: GatedOutputs, after: GatedOutputs) -> tuple[float, int]:
+    """Returns the largest relative difference, and on how many images: those on which all gates that are left agree."""
+    same = torch.ones(len(before.output), dtype=torch.bool, device=before.output.device)
+    for layer, own in before.opened.items():
+        # a unit that was cut was open for nobody, so as many are open as before
+        same &= own.sum(1) == after.opened[layer].sum(1)
+    if not bool(same.any()):
+        return float("inf"), 0
+    difference = (before.output[same] - after.output[same]).abs().max()
+    return float(difference / before.output[same].abs().max().clamp(min=1e-30)), int(same.sum())
 
 
 def leak(rates: Mapping[str, Tensor], removed: Mapping[str, Tensor]) -> float:

@@ -323,7 +323,7 @@ def _reasons(own: _Convolution) -> list[str]:
         return ["it is a shortcut"]
     others = sorted(set(own.uses) - _READS)
     if others:
-        return [f"'{others[0]}' reads it, which a gate does not pass alike"]
+        return [f"'{others[0]}' reads it, behind which a closed filter may not stay zero"]
     return [] if own.uses else ["nothing reads it"]
 
 

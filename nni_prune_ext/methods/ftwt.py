@@ -18,7 +18,7 @@ Departures from the paper and its code:
 * one unit per layer is always open: the published rule can switch a whole layer off;
 * heads may learn alone first (``head_epochs``), with targets as masks, while the network stands still;
 * heads begin with everything open (``safe_start``), and stop at the cool-down, where the code's coast on for a while;
-* the learning rate of the network and its course are those of the training settings, over all epochs;
+* the learning rate of the network and its course are those of the training settings, anew in every phase;
 * layers that work on one pixel (squeeze-and-excitation) and grouped convolutions are not gated unless named;
 * expected MACs are counted honestly (``gates.expected_macs``); the code's count is beside it;
 * blocks of filters (``block``), chosen by their firing together on the dense network, are ours;
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from nni_prune_ext.costs import count_costs
+from nni_prune_ext.errors import CertificateError
 from nni_prune_ext.gates.blocks import block_size, firing_together
 from nni_prune_ext.gates.estimates import GateProbe, rule_of, solved_mass
 from nni_prune_ext.gates.firing import firing_facts, firing_picture
@@ -50,7 +51,7 @@ from nni_prune_ext.gates.gated_network import GatedNetwork, Gates, Targets
 from nni_prune_ext.gates.heads import GateHead
 from nni_prune_ext.gates.placement import chosen_places, new_gates
 from nni_prune_ext.gates.prediction import PredictionCounter
-from nni_prune_ext.gates.static_core import ReachCounter, leak
+from nni_prune_ext.gates.static_core import CUT_LIMIT, ReachCounter, captured_call, cut_error, gated_outputs, leak
 from nni_prune_ext.graph.gate_places import Activation, GateFlow, GatePlace
 from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
@@ -87,16 +88,16 @@ class Ftwt(PruningMethod):
     def phases(self) -> Sequence[Phase]:
         """Returns the training of heads alone, that with gates, and that after the static cut."""
         own = self.options
-        head_epochs = own.head_epochs if own.selection == "input" else 0
+        alone = Phase(_HEADS, own.head_epochs, trainable=lambda _: False, optimizers=self._optimizers)
         return [
-            Phase(_HEADS, head_epochs, trainable=lambda _: False, optimizers=self._optimizers),
+            *([alone] if own.head_epochs else []),
             Phase(_GATES, own.epochs, optimizers=self._optimizers),
             Phase(_CORE, own.core_epochs),
         ]
 
     def start(self, context: MethodContext, phase: Phase) -> None:
         """Places the gates; cuts the static core before the last phase."""
-        if phase.name == _HEADS:
+        if phase.name == self.phases()[0].name:
             self._begin(context)
         elif phase.name == _CORE:
             self._cut(context)
@@ -109,8 +110,8 @@ class Ftwt(PruningMethod):
         self.gates.targets = self._rule() if self._learning else None
         self.gates.teaching = phase.name == _HEADS
         self.gates.masks = "targets" if self.gates.teaching else "predicted"
-        if self.gates.teaching:
-            context.model.eval()  # it stands still, its statistics included
+        if self.gates.teaching:  # the network stands still, its statistics included, whatever a host sets
+            context.on_leave(context.model.register_forward_pre_hook(lambda model, _: model.eval() and None).remove)
         for handle in self.gates.attach(context.model):
             context.on_leave(handle.remove)
         context.on_leave(self.gates.forget)
@@ -152,6 +153,8 @@ class Ftwt(PruningMethod):
         probe = self._probe(context, flow, self._batches(context)[0])
         expected, firing = probe.measured("predicted")
         facts = {**self._facts, **expected.facts(), **firing_facts(firing), "mass": self.mass}
+        if self.options.expected_macs is not None:
+            facts["expected_macs_asked"] = self.options.expected_macs
         if "predicted_macs_share" in facts:
             facts["macs_share_realised_minus_predicted"] = facts["expected_macs_share"] - facts["predicted_macs_share"]
         self.gates.forget()
@@ -268,7 +271,7 @@ class Ftwt(PruningMethod):
             unseen = self._reached(context, others)
             self._facts["never_firing_leak"] = leak(unseen, {n: torch.from_numpy(mask) for n, mask in gone.items()})
         if never.num_removed:
-            context.apply(never)
+            self._apply_exactly(context, never, calibration[0])
         left = sum(p.numel() for p in context.model.parameters())
         self._facts["never_firing_params_share"] = 1 - left / params
         self._facts["never_firing_macs_share"] = 1 - _macs_per_image(context) / dense
@@ -279,6 +282,24 @@ class Ftwt(PruningMethod):
         plan = context.allocate(self._scores(context)).plan
         if plan.num_removed:
             context.apply(plan)
+
+    def _apply_exactly(self, context: MethodContext, plan: PruningPlan, batch: Batch) -> None:
+        """Removes what reached nobody on a batch, and makes sure that the gated network is the same function there.
+
+        Raises:
+            CertificateError: it is not.
+        """
+        call = captured_call(context.model, lambda: context.task_loss(batch))
+        before = gated_outputs(context.model, self.gates, call)
+        context.apply(plan)
+        error, images = cut_error(before, gated_outputs(context.model, self.gates, call))
+        self._facts |= {"gated_cut_error": error, "gated_cut_images": images}
+        if not error <= CUT_LIMIT:
+            raise CertificateError(
+                f"The gated network computes something else after channels that never fired were removed: relative "
+                f"difference {error:.3g} on {images} images, expected at most {CUT_LIMIT:g}. Nothing was written. "
+                "Report this network; remove_never=False leaves these channels in."
+            )
 
     def _reached(self, context: MethodContext, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Returns group → how often each channel reaches a layer that reads it."""

@@ -117,6 +117,15 @@ class FtwtOptions(BaseModel):
     def _one_knob(self) -> FtwtOptions:
         if self.expected_macs is not None and self.targets == "uniform":
             raise ValueError("expected_macs solves for the mass, but targets are uniform; set mass instead")
+        given = self.model_fields_set
+        if self.expected_macs is not None and "mass" in given:
+            raise ValueError(
+                "expected_macs and mass are both given, expected one: the mass is solved for; leave mass out"
+            )
+        if self.selection == "static" and (self.head_epochs or self.mode == "joint"):
+            raise ValueError("selection is static, so heads learn nothing; leave head_epochs and mode out")
+        if self.selection == "input" and not self.cooldown and not self.head_epochs:
+            raise ValueError("cooldown is 0 and head_epochs is 0, so heads never learn; set one of them above 0")
         if self.targets == "uniform" and self.mass == 1:
             raise ValueError("mass is 1, but with uniform targets it is the share of units to drop; set it below 1")
         return self

@@ -279,7 +279,9 @@ def _move_weights(method: PruningMethod, run: MethodRun) -> None:
     sum_gradients(parameters)
     method.after_backward(run)
     if run.settings.max_gradient_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, run.settings.max_gradient_norm)
+        for optimizer in run.optimizers:  # each by itself: what a method trains must not shrink the network's steps
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(own, run.settings.max_gradient_norm)
     for optimizer in run.optimizers:
         optimizer.step()
 

@@ -392,7 +392,7 @@ def macs_by_hand(network: GatedNetwork, images: Tensor) -> float:
     with torch.no_grad():
         network(images)
     one, two = (network.gates.open_channels()[layer].sum(1).double() for layer in ("0", "3"))
-    heads = sum(head.weight.numel() for head in network.gates.all_heads())
+    heads = sum(len(h.bias) * (h.weight.shape[1] - (not h.removed)) for h in network.gates.all_heads())
     return float((64 * 27 * one + 64 * 9 * one * two + 4 * two + heads).mean())
 
 

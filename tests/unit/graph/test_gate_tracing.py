@@ -316,8 +316,8 @@ def test_a_convolution_in_front_of_a_function_that_makes_something_of_zeros_is_n
 
     flow = trace_gate_flow(model, torch.randn(2, 3, 9, 9))
 
-    assert "'sigmoid' reads it, which a gate does not pass alike" == flow.places[0].unsuitable
-    assert "'softplus' reads it, which a gate does not pass alike" == flow.places[1].unsuitable
+    assert "'sigmoid' reads it, behind which a closed filter may not stay zero" == flow.places[0].unsuitable
+    assert "'softplus' reads it, behind which a closed filter may not stay zero" == flow.places[1].unsuitable
     assert not any(layer.reads.any() for layer in flow.layers)
 
 

@@ -15,13 +15,15 @@ import nni_prune_ext as npe
 from nni_prune_ext.allocation import Limits, Target
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.deployment import load_gated, write_artefacts
-from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.errors import CertificateError, ConfigError
 from nni_prune_ext.export.manifest import MethodUse
 from nni_prune_ext.gates import GatedNetwork
 from nni_prune_ext.gates.estimates import solve_mass
+from nni_prune_ext.gates.heads import GateHead
 from nni_prune_ext.methods.base import Batch, MethodContext, Outcome, Phase
 from nni_prune_ext.methods.ftwt import FTWT, Ftwt
 from nni_prune_ext.methods.ftwt_options import FtwtOptions
+from nni_prune_ext.pipeline import method_options
 from nni_prune_ext.surgery import Removal
 from nni_prune_ext.testing.method_bench import Bench, BenchNet, CountedRun, traces_on
 from nni_prune_ext.testing.method_checks import check_method
@@ -124,7 +126,6 @@ def test_the_promises_of_a_method_are_kept_with(options: dict[str, object]) -> N
         ({"epochs": 1}, 1),
         ({"epochs": 4, "cooldown": 1.0}, 4),
         ({"epochs": 4, "cooldown": 0.25}, 1),
-        ({"epochs": 4, "cooldown": 0.0}, 0),
         ({"epochs": 4, "mode": "joint"}, 2),
         ({"epochs": 4, "core_epochs": 2}, 2),
     ],
@@ -630,3 +631,55 @@ def test_a_network_in_which_almost_nothing_fires_is_cut_to_that(left: int) -> No
     assert left == run.model.inside[0].out_channels == run.model.depthwise[0].out_channels
     assert outcome.facts["never_firing_share"] <= 1.0, "a share"
     assert bool(gated_of(outcome)(torch.randn(2, 3, 8, 8)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cooldown": 0.0}, "heads never learn"),
+        ({"selection": "static", "head_epochs": 1}, "heads learn nothing"),
+        ({"selection": "static", "mode": "joint"}, "heads learn nothing"),
+        ({"expected_macs": 0.5, "mass": 0.9}, "both given"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        method_options(FTWT, options)
+
+
+def test_while_heads_learn_alone_the_network_stands_still_even_if_somebody_sets_it_to_training() -> None:
+    method, run = Ftwt(FtwtOptions(head_epochs=1, epochs=1, remove_never=False)), bench_run()
+    phase = method.phases()[0]
+    method.start(run, phase)
+    method.attach(run, phase)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+    run.model.train()
+    loss = method.compute_loss(run, run.batches(1)[0])
+
+    run.leave()
+    assert loss.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
+
+
+def test_the_cut_of_what_never_fires_is_compared_before_and_after() -> None:
+    facts = drive(Ftwt(FtwtOptions(epochs=2, calibration_batches=1, mass=0.5)), bench_run()).facts
+
+    if facts["never_firing_channels"]:
+        assert 0 < facts["gated_cut_images"]
+        assert facts["gated_cut_error"] < 1e-5
+
+
+def test_a_head_that_does_not_follow_the_cut_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = GateHead.cut
+
+    def wrong(head: GateHead, inputs: torch.Tensor, filters: torch.Tensor) -> GateHead:
+        made = real(head, inputs, filters)
+        made.reset(safe_start=False)
+        return made
+
+    monkeypatch.setattr(GateHead, "cut", wrong)
+    own = FtwtOptions(selection="static", mass=0.5, epochs=1, calibration_batches=1)
+
+    with pytest.raises(CertificateError, match="computes something else"):
+        drive(Ftwt(own), bench_run())
