@@ -117,7 +117,7 @@ def _name(report: RunReport, row: Row) -> Cell:
 def _cell(report: RunReport, row: Row, quantity: _Quantity) -> Cell:
     value = quantity.value(report, row)
     if value is None and quantity.pruned_only:
-        if report.kind(row) != "pruned":
+        if report.kind(row) in ("dense", "control"):
             return Cell("not cut", "missing")
         if report.is_uncut(row):
             return Cell("nothing was cut", "missing")
