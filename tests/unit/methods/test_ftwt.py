@@ -683,3 +683,16 @@ def test_a_head_that_does_not_follow_the_cut_is_found_out(monkeypatch: pytest.Mo
 
     with pytest.raises(CertificateError, match="computes something else"):
         drive(Ftwt(own), bench_run())
+
+
+@pytest.mark.parametrize("most", [0.05, 0.5])
+def test_clipping_gradients_does_not_let_the_heads_shrink_the_steps_of_the_network(most: float) -> None:
+    ends = []
+    for mass in (0.3, 0.9):  # everything is open in the first step, so only the heads' own loss differs
+        run = bench_run(settings=TrainingSettings(max_gradient_norm=most, warmup_epochs=0))
+        run.batches_ = list(run.batches_)[:1]
+        drive(Ftwt(FtwtOptions(mass=mass, epochs=1, remove_never=False, calibration_batches=1)), run)
+        ends.append({name: own.detach().clone() for name, own in run.model.named_parameters()})
+
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-7) for name in ends[0])
+    assert any(not torch.equal(own, ends[0][name]) for name, own in bench_run().model.named_parameters())
