@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,6 +21,12 @@ from nni_prune_ext.registry import Kind, plugins
 
 PACKAGE = ROOT / "nni_prune_ext"
 VERBS = typer.main.get_command(app).commands
+
+
+def leaves(command: Any) -> list[Any]:
+    """Returns the commands under a verb, or the verb itself."""
+    inner = getattr(command, "commands", None)
+    return [command] if inner is None else [leaf for own in inner.values() for leaf in leaves(own)]
 
 
 def page(name: str) -> str:
@@ -70,7 +77,8 @@ def test_verb_has_an_entry_with_all_its_options(verb: str) -> None:
 
     options = {
         o
-        for parameter in VERBS[verb].params
+        for command in leaves(VERBS[verb])
+        for parameter in command.params
         for o in (*parameter.opts, *parameter.secondary_opts)
         if o.startswith("--")
     }
@@ -81,7 +89,11 @@ def test_verb_has_an_entry_with_all_its_options(verb: str) -> None:
 
 def test_reference_names_no_option_that_does_not_exist() -> None:
     existing = {
-        o for verb in VERBS.values() for parameter in verb.params for o in (*parameter.opts, *parameter.secondary_opts)
+        o
+        for verb in VERBS.values()
+        for command in leaves(verb)
+        for parameter in command.params
+        for o in (*parameter.opts, *parameter.secondary_opts)
     }
 
     named = set(re.findall(r"^\| `(--[a-z-]+)`", page("reference/cli.md"), re.MULTILINE))
