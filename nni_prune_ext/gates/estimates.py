@@ -223,14 +223,21 @@ def solve_mass(
     return solved_mass(gate_probe(model, example_inputs, batches, layers, run)[0], macs)
 
 
-def solved_mass(probe: GateProbe, macs: float, *, steps: int = 10) -> float:
+def solved_mass(probe: GateProbe, macs: float, *, uniform: bool = False, steps: int = 10) -> float:
     """Returns the mass at which a probe's closed loop uses a share of the dense MACs, by bisection to 1/1024.
+
+    With uniform targets it is the share of the units that goes.
 
     Raises:
         ConfigError: a share that no mass reaches.
     """
+
+    def share(kept: float) -> float:
+        rule = rule_of(1 - kept, uniform=True) if uniform else rule_of(kept)
+        return probe.measured("targets", rule)[0].share
+
     low, high = 0.0, 1.0
-    least, most = (probe.measured("targets", rule_of(mass))[0].share for mass in (low, high))
+    least, most = share(low), share(high)
     if not least <= macs <= most:
         raise ConfigError(
             f"Gates cannot bring the expected MACs to {macs:.3g} of the dense network, expected {least:.3g} to "
@@ -239,11 +246,11 @@ def solved_mass(probe: GateProbe, macs: float, *, steps: int = 10) -> float:
         )
     for _ in range(steps):
         middle = (low + high) / 2
-        if probe.measured("targets", rule_of(middle))[0].share <= macs:
+        if share(middle) <= macs:
             low = middle
         else:
             high = middle
-    return low
+    return 1 - low if uniform else low
 
 
 def check_mass(mass: float, *, uniform: bool = False) -> None:

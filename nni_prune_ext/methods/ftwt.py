@@ -90,7 +90,7 @@ class Ftwt(PruningMethod):
         own = self.options
         alone = Phase(_HEADS, own.head_epochs, trainable=lambda _: False, optimizers=self._optimizers)
         return [
-            *([alone] if own.head_epochs else []),
+            *([alone] if own.head_epochs and own.selection == "input" else []),
             Phase(_GATES, own.epochs, optimizers=self._optimizers),
             Phase(_CORE, own.core_epochs),
         ]
@@ -208,12 +208,12 @@ class Ftwt(PruningMethod):
         batches = self._batches(context)[0]
         probe = self._probe(context, flow, batches)
         if self.options.expected_macs is not None:
-            self.mass = solved_mass(probe, self.options.expected_macs)
+            self.mass = self._solved(probe, self.options.expected_macs)
         if self.options.block > 1:
             self.gates = self._fresh(places, self._blocks(context, probe)).to(device)
             probe = self._probe(context, flow, batches)
             if self.options.expected_macs is not None:
-                self.mass = solved_mass(probe, self.options.expected_macs)
+                self.mass = self._solved(probe, self.options.expected_macs)
         if not self.options.softmax:
             probe.scale_heads()
         if not self.options.safe_start:
@@ -225,6 +225,9 @@ class Ftwt(PruningMethod):
             hottest = probe.heats()
             for place, head in zip(self.gates.places, self.gates.all_heads()):
                 _fix(head, hottest[place.layer], float(firing[place.layer].rate.mean()))
+
+    def _solved(self, probe: GateProbe, macs: float) -> float:
+        return solved_mass(probe, macs, uniform=self.options.targets == "uniform")
 
     def _blocks(self, context: MethodContext, probe: GateProbe) -> dict[str, Tensor]:
         """Returns the units of every layer: blocks of filters that fire for the same images."""

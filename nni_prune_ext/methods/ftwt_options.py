@@ -18,7 +18,8 @@ class FtwtOptions(BaseModel):
         default=0.9,
         ge=0,
         le=1,
-        description="share of the heat that the filters kept for an image hold; with uniform targets, of units to drop",
+        description="share of the heat that the filters kept for an image hold; with uniform targets, of units to "
+        "drop; has no say where expected_macs is given",
         json_schema_extra={"source": "r in the paper, 0.80 to 1.00", "search": [0.8, 0.98]},
     )
     expected_macs: float | None = Field(
@@ -83,7 +84,7 @@ class FtwtOptions(BaseModel):
     selection: Literal["input", "static"] = Field(
         default="input",
         description="input: a choice per image; static: for all images the same filters, the hottest on average, "
-        "as many per layer: the control",
+        "as many per layer: the control, in which no head learns, whatever head_epochs and mode say",
         json_schema_extra={"source": "ours: the paper lacks this control"},
     )
     block: Literal[1, 4, 8, 16] = Field(
@@ -114,16 +115,7 @@ class FtwtOptions(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _one_knob(self) -> FtwtOptions:
-        if self.expected_macs is not None and self.targets == "uniform":
-            raise ValueError("expected_macs solves for the mass, but targets are uniform; set mass instead")
-        given = self.model_fields_set
-        if self.expected_macs is not None and "mass" in given:
-            raise ValueError(
-                "expected_macs and mass are both given, expected one: the mass is solved for; leave mass out"
-            )
-        if self.selection == "static" and (self.head_epochs or self.mode == "joint"):
-            raise ValueError("selection is static, so heads learn nothing; leave head_epochs and mode out")
+    def _heads_learn(self) -> FtwtOptions:
         if self.selection == "input" and not self.cooldown and not self.head_epochs:
             raise ValueError("cooldown is 0 and head_epochs is 0, so heads never learn; set one of them above 0")
         if self.targets == "uniform" and self.mass == 1:
