@@ -52,7 +52,9 @@ def estimate(
     from nni_prune_ext.training import accuracy
 
     if macs is not None and uniform:
-        raise ConfigError("--macs and --uniform were both given, expected one: the mass is solved for, not the share.")
+        raise ConfigError(
+            "--macs and --uniform were both given, expected one: the mass is solved for, not the share. Leave one out."
+        )
     job = _job(model, data, weights, pretrained, num_classes, image_size, limit_images, download, mean, std, seed=seed)
     batches = _images_and_labels(job, "train", images)
     found = estimate_gating(
@@ -101,7 +103,8 @@ def export(
     from nni_prune_ext.gates import GatedNetwork
 
     if flavour not in FLAVOURS:
-        raise ConfigError(f"The flavour is '{flavour}', expected {', '.join(FLAVOURS[:-1])} or {FLAVOURS[-1]}.")
+        known_ones = f"{', '.join(FLAVOURS[:-1])} or {FLAVOURS[-1]}"
+        raise ConfigError(f"The flavour is '{flavour}', expected {known_ones}. Choose one of these.")
     if flavour == "mask" and fold:
         raise ConfigError(
             "The flavour mask gathers and folds nothing, but --fold was given, expected compact. Leave --fold out."

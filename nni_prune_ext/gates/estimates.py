@@ -91,7 +91,10 @@ class GateProbe:
         sums: dict[str, list[Tensor]] = {place.layer: [] for place in self.gates.places}
         handles = [
             self.model.get_submodule(place.layer).register_forward_pre_hook(
-                lambda _, args, head=head, own=sums[place.layer]: own.append(head.pooled(args[0]).mean())
+                lambda _, args, kwargs, head=head, own=sums[place.layer]: own.append(
+                    head.pooled(args[0] if args else kwargs["input"]).mean()
+                ),
+                with_kwargs=True,
             )
             for place, head in zip(self.gates.places, self.gates.all_heads())
         ]

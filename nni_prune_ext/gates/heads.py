@@ -62,8 +62,8 @@ class GateHead(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Counts multiply–accumulates per image; a head of zeros, which opens the same for all images, has none."""
-        if not bool(self.weight.any()):
+        """Counts multiply–accumulates per image; a head that is frozen at zero opens the same for all and has none."""
+        if not self.weight.requires_grad and not bool(self.weight.any()):
             return 0
         return self.num_units * (self.weight.shape[1] - 1 + bool(self.removed))
 

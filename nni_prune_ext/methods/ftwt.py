@@ -377,7 +377,7 @@ def build_gated(
     units = {place.layer: tensors[f"gates.heads.{k}.units"] for k, place in enumerate(places)}
     detached = options.mode == "decoupled"
     gates = new_gates(places, pool=options.pool, detached=detached, softmax=options.softmax, units=units)
-    return GatedNetwork(compact, gates)
+    return GatedNetwork(compact, gates.requires_grad_(options.selection == "input"))
 
 
 FTWT = MethodSpec(

@@ -698,3 +698,41 @@ def test_clipping_gradients_does_not_let_the_heads_shrink_the_steps_of_the_netwo
 
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-7) for name in ends[0])
     assert any(not torch.equal(own, ends[0][name]) for name, own in bench_run().model.named_parameters())
+
+
+def test_heads_learn_in_the_epochs_that_they_have_alone() -> None:
+    own = FtwtOptions(head_epochs=2, epochs=1, cooldown=0.0, remove_never=False, calibration_batches=1)
+    method, run = Ftwt(own), bench_run()
+    method.start(run, method.phases()[0])
+    before = {name: tensor.clone() for name, tensor in method.gates.state_dict().items()}
+
+    outcome = drive(method, bench_run())
+
+    learnt = outcome.gated_model.gates.state_dict()
+    assert before.keys() == learnt.keys()
+    moved = [name for name in before if not torch.equal(before[name], learnt[name])]
+    assert {f"heads.{k}.bias" for k in range(len(method.gates.places))} <= set(moved)
+
+
+def test_the_static_control_is_not_charged_for_heads_that_do_nothing_also_when_it_is_read_back() -> None:
+    own = FtwtOptions(selection="static", mass=0.5, epochs=1, calibration_batches=1)
+    run = bench_run()
+    network = drive(Ftwt(own), run).gated_model
+    again = FTWT.build_gated(network.model, own, Bench.of(FTWT, {}).example, network.state_dict())
+    again.load_state_dict(network.state_dict())
+
+    found = [npe.measure_gating(own, Bench.of(FTWT, {}).example, run.batches_)[0].heads for own in (network, again)]
+
+    assert [0, 0] == found
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_heads_that_have_not_learnt_yet_are_foreseen_with_their_costs(softmax: bool) -> None:
+    shares = {
+        own: drive(Ftwt(FtwtOptions(softmax=own, epochs=1, remove_never=False)), bench_run()).facts[
+            "predicted_macs_share"
+        ]
+        for own in (True, softmax)
+    }
+
+    assert shares[True] == pytest.approx(shares[softmax])
