@@ -18,6 +18,7 @@ from nni_prune_ext.cli.plan import plan
 from nni_prune_ext.cli.prune import prune
 from nni_prune_ext.cli.report import report
 from nni_prune_ext.cli.run import run
+from nni_prune_ext.cli.sensitivity import sensitivity
 from nni_prune_ext.cli.transfer import transfer
 from nni_prune_ext.errors import CertificateError, NniPruneExtError, ParityError, TrainingError
 
@@ -43,6 +44,7 @@ app.command("transfer")(transfer)
 app.command("export")(export)
 app.add_typer(gates, name="gates")
 app.command("benchmark")(benchmark)
+app.command("sensitivity")(sensitivity)
 app.command("report")(report)
 
 
