@@ -121,19 +121,20 @@ def export(
         )
     given = _images_and_labels(job, "test", images)[0][0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    verdict, rows = "", {}
+    verdict, rows, refused = "", {}, {}
     if flavour == "fastest":
         dense = artefact.parent / "dense" / ONNX  # where a run puts it
         references = {"dense": dense} if dense.is_file() else None
         best = export_fastest(network, job.example, out, given, references=references, fold=fold, opset=opset)
         made, verdict, rows = best.export, best.verdict, {row.name: row.ratio for row in best.latency.rows}
+        refused = dict(best.refused)
     else:
         kind: Flavour = "mask" if flavour == "mask" else "compact"
         made = export_gated(network, job.example, out, flavour=kind, images=given, fold=fold, opset=opset)
     if json:
-        tell_json("done", **_export_facts(made), verdict=verdict, latency_ratios=rows)
+        tell_json("done", **_export_facts(made), verdict=verdict, latency_ratios=rows, refused=refused)
         return
-    _tell(made, verdict, rows)
+    _tell(made, verdict, rows, refused)
 
 
 def _job(
@@ -238,7 +239,7 @@ def _export_facts(made: GatedExport) -> dict[str, object]:
     }
 
 
-def _tell(made: GatedExport, verdict: str, rows: dict[str, float]) -> None:
+def _tell(made: GatedExport, verdict: str, rows: dict[str, float], refused: dict[str, str]) -> None:
     assert made.parity is not None
     typer.echo(
         f"{made.path}: flavour {made.flavour}, {made.size_bytes:,} bytes, {made.parity.agreement:.4%} of the mask bits "
@@ -250,4 +251,6 @@ def _tell(made: GatedExport, verdict: str, rows: dict[str, float]) -> None:
         typer.echo(f"no longer gated, so this is another function: {', '.join(made.folded)}")
     for name, ratio in rows.items():
         typer.echo(f"  {name}: × {ratio:.2f}")
+    for name, reason in refused.items():
+        typer.echo(f"  {name}: not considered. {reason}")
     typer.echo(f"{verdict} ".lstrip() + f"Limits: {made.limits}.")

@@ -224,7 +224,8 @@ def test_the_fastest_flavour_says_what_it_measured(folder: Path, command: Comman
 
     found = facts_of(out)
     assert (0, "") == (code, err)
-    assert {"dense", "static core", "mask", "compact", "compact, all layers"} == found["latency_ratios"].keys()
+    assert {"dense", "static core", "mask", "compact, all layers"} == found["latency_ratios"].keys()
+    assert {"compact"} == found["refused"].keys(), "these layers are too small to gain"
     assert found["verdict"].startswith("The fastest flavour is '")
     properties = {own.key: own.value for own in onnx.load(folder / "net.onnx").metadata_props}
     assert found["flavour"] == properties["nni_prune_ext.flavour"]
