@@ -61,6 +61,8 @@ NNIS: dict[str, Inner] = {
 }
 
 
+DIVIDING = ("psap_ratio", "ftwt_ratio", "firing_signature")
+"""These divide the total among the layers, to whole channels."""
 SINGLE_WEIGHTS = ("level", "movement", "nni level", "nni movement")
 PAIRS = [
     (name, inner)
@@ -80,11 +82,7 @@ def test_every_scheduler_around_every_pruner_trains_and_ends_at_the_goal(name: s
     returned, masks = pruner.compress(14, None)
 
     assert returned is model
-    if name in (
-        "psap_ratio",
-        "ftwt_ratio",
-        "firing_signature",
-    ):  # they divide the total among the layers, to whole channels
+    if name in DIVIDING:
         assert 0.75 == pytest.approx(total_share(masks, singly="level" in inner), abs=0.06)
     else:
         assert all(share == pytest.approx(0.75, abs=0.02) for share in shares(masks).values())
