@@ -40,6 +40,7 @@ def estimate(
     macs: Annotated[float | None, typer.Option(help="Also find the mass for this share of the dense MACs.")] = None,
     gate: Annotated[list[str], typer.Option(help="Name pattern of a layer to gate; repeatable.")] = [],  # noqa: B006
     uniform: Annotated[bool, typer.Option("--uniform", help="Masses are shares of the filters that go.")] = False,
+    block: Annotated[int, typer.Option(help="Filters switched together, at most: 1, 4, 8 or 16.")] = 1,
     images: Images = 512,
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -48,6 +49,7 @@ def estimate(
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
     from nni_prune_ext.errors import ConfigError
     from nni_prune_ext.gates import estimate_gating, solve_mass
+    from nni_prune_ext.gates.blocks import check_block
     from nni_prune_ext.gates.estimates import MASSES
     from nni_prune_ext.training import accuracy
 
@@ -55,6 +57,7 @@ def estimate(
         raise ConfigError(
             "--macs and --uniform were both given, expected one: the mass is solved for, not the share. Leave one out."
         )
+    check_block(block)
     job = _job(model, data, weights, pretrained, num_classes, image_size, limit_images, download, mean, std, seed=seed)
     batches = _images_and_labels(job, "train", images)
     found = estimate_gating(
@@ -64,14 +67,17 @@ def estimate(
         masses=mass or [own for own in MASSES if own < 1 or not uniform],
         layers=gate or None,
         uniform=uniform,
+        block=block,
         evaluate=lambda network: accuracy(network, batches),
         data=f"{len(batches[0][1])} training images",
     )
-    solved = None if macs is None else solve_mass(job.model, job.example, batches, macs, layers=gate or None)
+    solved = None
+    if macs is not None:
+        solved = solve_mass(job.model, job.example, batches, macs, layers=gate or None, block=block)
     if json:
-        tell_json("done", estimates=[_facts(own) for own in found], macs=macs, mass=solved)
+        tell_json("done", estimates=[_facts(own) for own in found], block=block, macs=macs, mass=solved)
         return
-    _show(found, accuracy(job.model, batches), uniform=uniform)
+    _show(found, accuracy(job.model, batches), uniform=uniform, block=block)
     if solved is not None:
         typer.echo(f"for {macs:.0%} of the dense MACs (closed loop): mass {solved:.3f}")
 
@@ -201,13 +207,14 @@ def _facts(own: GatingEstimate) -> dict[str, float | None]:
     }
 
 
-def _show(found: list[GatingEstimate], dense: float, *, uniform: bool) -> None:
+def _show(found: list[GatingEstimate], dense: float, *, uniform: bool, block: int) -> None:
     from rich.console import Console  # imported here to keep --help instant
     from rich.table import Table
 
     table = Table(
         caption="closed: targets applied; official: counted as the paper's code does; ceiling: perfect heads, nothing "
-        f"trained; dense {dense:.2%}, on the same training images",
+        f"trained; dense {dense:.2%}, on the same training images"
+        + (f"; blocks of up to {block} filters" if block > 1 else ""),
         caption_justify="left",
     )
     for heading in (

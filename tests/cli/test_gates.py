@@ -186,6 +186,18 @@ def test_uniform_masses_are_shares_of_the_filters_that_go(folder: Path, command:
     assert sorted(shares, reverse=True) == shares
 
 
+def test_blocks_of_filters_are_foreseen(folder: Path, command: Command, run: Path) -> None:
+    words = (*ESTIMATE, "--mass", "0.5", "--macs", "0.6", "--json")
+    single, blocks = (facts_of(command(*words, *more)[1]) for more in ((), ("--block", "4")))
+
+    assert (1, 4) == (single["block"], blocks["block"])
+    assert blocks["estimates"][0]["closed_loop_macs_share"] != single["estimates"][0]["closed_loop_macs_share"]
+    assert blocks["mass"] != single["mass"]
+    code, out, _ = command(*ESTIMATE, "--mass", "0.5", "--block", "4")
+    assert 0 == code
+    assert "blocks of up to 4 filters" in out
+
+
 def test_layers_to_gate_can_be_named(folder: Path, command: Command, run: Path) -> None:
     _, every, _ = command(*ESTIMATE, "--mass", "0.5", "--json")
     code, one, _ = command(*ESTIMATE, "--mass", "0.5", "--gate", "3", "--json")
@@ -247,6 +259,7 @@ MISTAKES = {
     "all filters go": (lambda run: [*ESTIMATE, "--uniform", "--mass", "1"], "expected 0–1 without 1"),
     "macs with uniform": (lambda run: [*ESTIMATE, "--uniform", "--macs", "0.5"], "--macs and --uniform"),
     "macs that cannot be reached": (lambda run: [*ESTIMATE, "--macs", "0.01", "--mass", "1"], "0.01"),
+    "an unknown block": (lambda run: [*ESTIMATE, "--block", "5"], "The block is 5, expected one of 1, 4, 8, 16"),
     "an unknown layer": (lambda run: [*ESTIMATE, "--gate", "layer9.*"], "layer9.*"),
     "an unknown model": (lambda run: ["gates", "estimate", "resnet21", "--data", DATA], "resnet21"),
 }
