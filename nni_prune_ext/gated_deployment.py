@@ -39,7 +39,7 @@ class FastestFlavour:
         export: the written file.
         name: of the chosen flavour: ``mask``, ``compact`` or ``compact, all layers``.
         latency: all flavours and references, measured side by side; the first row is the reference of the ratios.
-        refused: flavour → why it was not considered.
+        refused: flavour → why it was not considered: it could not be written, or is mask with a fixed batch.
         verdict: in words, also whether no flavour beats the references.
     """
 
@@ -128,12 +128,26 @@ def _flavours(
     for number, (name, options) in enumerate(FLAVOURS.items()):
         folds = {"fold": True} if fold and name == "compact" else {}
         try:
-            made[name] = write(folder / f"{number}.onnx", **options, **folds)
+            written = write(folder / f"{number}.onnx", **options, **folds)
         except (ConfigError, ExportError, ParityError) as error:
             errors[name] = error
+            continue
+        if written.flavour == "compact" and not written.gathered:
+            errors[name] = _nothing_gathered(written)
+            continue
+        made[name] = written
     if not made:
         raise next(iter(errors.values()))
     return made, {name: str(error) for name, error in errors.items()}
+
+
+def _nothing_gathered(written: GatedExport) -> ExportError:
+    """Says why a compact file that gathers nothing is no candidate: it is the flavour mask for one image at a time."""
+    layer, reason = next(iter(written.masked.items()))
+    return ExportError(
+        f"No gated layer would compute its open filters only ('{layer}': {reason}), expected one at least: the file "
+        "would be that of the flavour mask, for one image at a time. Take the flavour mask, which runs any batch."
+    )
 
 
 def _verdict(best: str, ratios: Mapping[str, float], made: Mapping[str, GatedExport], error_bar: float) -> str:

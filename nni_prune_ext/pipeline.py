@@ -32,6 +32,7 @@ from nni_prune_ext.errors import CertificateError, ConfigError, PluginError, Tar
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
+from nni_prune_ext.methods.options import policy_with_data
 from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.specs import import_object
@@ -155,7 +156,7 @@ def prune(
     built = spec.build(chosen)
     watcher = watcher or Watcher()
     if train_batches is None:
-        _refuse_without_data(spec, built, recover_epochs)
+        _refuse_without_data(spec, chosen, built, recover_epochs)
     groups = groups or verify_groups(model, example_inputs, trace_channel_groups(model, example_inputs), seed=seed)
     dense = count_costs(model, example_inputs)
     cost_model = CostModel.of(model, groups, dense)
@@ -321,9 +322,12 @@ def _check_unit(spec: MethodSpec, targets: Sequence[Target], groups: ChannelGrou
         )
 
 
-def _refuse_without_data(spec: MethodSpec, method: PruningMethod, recover_epochs: int) -> None:
+def _refuse_without_data(spec: MethodSpec, options: BaseModel, method: PruningMethod, recover_epochs: int) -> None:
+    policy = policy_with_data(options)
     if spec.needs_data:
         what = f"The method '{spec.name}'"
+    elif policy is not None:
+        what = f"The ratio policy '{getattr(options, policy)}' of method '{spec.name}'"
     elif any(phase.epochs for phase in method.phases()):
         what = f"The method '{spec.name}' with training between its steps"
     elif recover_epochs:

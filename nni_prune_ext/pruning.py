@@ -35,6 +35,7 @@ OneShotPruner = scheduled_pruner_for("one_shot")
 UniformRatioPruner = scheduled_pruner_for("uniform_ratio")
 ReplacePruner = scheduled_pruner_for("replace")
 RewindingPruner = scheduled_pruner_for("rewinding")
+FiringSignaturePruner = scheduled_pruner_for("firing_signature")
 FTWTRatioPruner = scheduled_pruner_for("ftwt_ratio")
 PSAPRatioPruner = scheduled_pruner_for("psap_ratio")
 ShortRestrictionPruner = scheduled_pruner_for("short_restriction")
@@ -48,6 +49,7 @@ __all__ = [
     "FPGMPruner",
     "FTWTPruner",
     "FTWTRatioPruner",
+    "FiringSignaturePruner",
     "L1NormPruner",
     "L2NormPruner",
     "LevelPruner",

@@ -40,6 +40,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = MappingProxyType(
                 "agp": "nni_prune_ext.schedules:AGP",
                 "asfp": "nni_prune_ext.schedules:ASFP",
                 "cosine": "nni_prune_ext.schedules:COSINE",
+                "firing_signature": "nni_prune_ext.methods.ftwt_ratios:FIRING_SIGNATURE",
                 "ftwt_ratio": "nni_prune_ext.methods.ftwt_ratios:FTWT_RATIO",
                 "linear": "nni_prune_ext.schedules:LINEAR",
                 "one_shot": "nni_prune_ext.schedules:ONE_SHOT",

@@ -1,7 +1,7 @@
 """WHEN and HOW MUCH: three kinds of schedulers, one definition for every host.
 
 * a *schedule* maps progress (0–1) to the fraction of the target that is reached by then;
-* a *ratio policy* says how the pruning ratio differs from group to group;
+* a *ratio policy* says how the pruning ratio differs from group to group, some after a look at data;
 * a *mask update rule* limits how a mask may change from one step to the next.
 
 All three are registered under ``nni_prune_ext.schedulers`` as a :class:`SchedulerSpec`.
@@ -13,14 +13,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from nni_prune_ext.errors import PluginError
 from nni_prune_ext.mask_updates import ShareOfSwaps, fourth_power, half_cosine, limited
 from nni_prune_ext.registry import load_plugin
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from nni_prune_ext.graph.channel_groups import ChannelGroups
+    from nni_prune_ext.inputs import ExampleInputs
 
 SchedulerKind = Literal["schedule", "ratio_policy", "mask_update_rule"]
 
@@ -47,6 +50,40 @@ class RatioPolicy(Protocol):
         """
 
 
+class PolicyContext(Protocol):
+    """What a ratio policy with ``needs_data`` may look at; the context of a method is one."""
+
+    model: nn.Module
+    groups: ChannelGroups
+    example_inputs: ExampleInputs
+
+    def batches(self, count: int) -> list[Any]:
+        """Returns up to ``count`` training batches; only ``task_loss`` looks inside."""
+
+    def task_loss(self, batch: Any) -> Tensor:
+        """Returns the user's loss of the model on a batch, a scalar."""
+
+    def agreed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the means over all processes."""
+
+
+class DataRatioPolicy(RatioPolicy, Protocol):
+    """A ratio policy that looks at data before it is asked.
+
+    Attributes:
+        seen: what it saw; set by the host. Asked while it is empty, the policy raises a ``ConfigError``.
+    """
+
+    seen: Mapping[str, float]
+
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        """Returns group → one number, from the model and a few batches; the model is left as it was.
+
+        A host calls it once per run, before anything is removed, and saves what it returns: a run that is continued
+        has the same ratios. A group may be asked for that was not there (what is left of one that a cut has split).
+        """
+
+
 class MaskUpdateRule(Protocol):
     """Limits how much of a mask may change in one step."""
 
@@ -67,12 +104,14 @@ class SchedulerSpec:
 
     Attributes:
         rewinds: a schedule after whose every step the first weights are loaded again, as far as they are left.
+        needs_data: a ratio policy that looks at data first, a :class:`DataRatioPolicy`.
     """
 
     kind: SchedulerKind
     summary: str
     build: Callable[[], Schedule | RatioPolicy | MaskUpdateRule]
     rewinds: bool = False
+    needs_data: bool = False
 
 
 def build_schedule(name: str) -> Schedule:
@@ -90,6 +129,29 @@ def rewinds(name: str) -> bool:
 def build_ratio_policy(name: str) -> RatioPolicy:
     """Makes the registered ratio policy of this name; see :func:`_build` for what it raises."""
     return cast("RatioPolicy", _build(name, "ratio_policy"))
+
+
+def needs_data(name: str) -> bool:
+    """Says whether the registered ratio policy of this name looks at data; see :func:`_build` for what it raises."""
+    _build(name, "ratio_policy")
+    spec = load_plugin("schedulers", name)
+    return isinstance(spec, SchedulerSpec) and spec.needs_data
+
+
+def informed_ratio_policy(name: str, context: PolicyContext, seen: dict[str, float]) -> RatioPolicy:
+    """Makes the registered ratio policy of this name, ready to be asked; see :func:`_build` for what it raises.
+
+    Args:
+        context: what a policy looks at that needs data; it does so only while ``seen`` is empty.
+        seen: what it saw, filled here. The caller keeps it for as long as a run lasts, and saves it.
+    """
+    policy = build_ratio_policy(name)
+    if needs_data(name):
+        own = cast("DataRatioPolicy", policy)
+        if not seen:
+            seen.update(own.look(context))
+        own.seen = seen
+    return policy
 
 
 def build_mask_update_rule(name: str) -> MaskUpdateRule:

@@ -9,8 +9,9 @@ Where NNI's LinearPruner and AGPPruner go wrong in silence, these do what was me
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, cast
 
 from nni.compression.base.compressor import Compressor, Pruner
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from nni_prune_ext.adapters.nni_context import (
     parameters_of,
-    plain_names,
+    plain_copy,
     policy_goals,
     put_back,
     reached_ratios,
@@ -32,18 +33,25 @@ from nni_prune_ext.adapters.nni_evaluator import adopt_parameters, first_weights
 from nni_prune_ext.adapters.nni_mask_rules import ruled_masks
 from nni_prune_ext.adapters.nni_named_pruners import class_name
 from nni_prune_ext.adapters.nni_pruners import MethodPruner
+from nni_prune_ext.adapters.nni_ratio_policies import check_look, looked, policy_weights, refuse_single_weights
 from nni_prune_ext.adapters.nni_scheduler_checks import check_arguments, check_inner, without_schedule
-from nni_prune_ext.adapters.nni_targets import ChannelTargets, Place, active_places, inputs_of, short_of_goal
+from nni_prune_ext.adapters.nni_targets import ChannelTargets, active_places, inputs_of, short_of_goal
 from nni_prune_ext.errors import ConfigError, PluginError
 from nni_prune_ext.registry import load_plugin
-from nni_prune_ext.schedules import MaskUpdateRule, RatioPolicy, Schedule, SchedulerSpec, build_schedule
-from nni_prune_ext.scoring.group_reduction import writer_rows
-from nni_prune_ext.scoring.weight_norms import slice_rows
+from nni_prune_ext.schedules import (
+    DataRatioPolicy,
+    MaskUpdateRule,
+    RatioPolicy,
+    Schedule,
+    SchedulerSpec,
+    build_schedule,
+)
 
 _logger = logging.getLogger(__name__)
 _CLASS_NAMES: Mapping[str, str] = {
     "agp": "AGPPruner",
     "asfp": "ASFPPruner",
+    "firing_signature": "FiringSignaturePruner",
     "ftwt_ratio": "FTWTRatioPruner",
     "psap_ratio": "PSAPRatioPruner",
     "short_restriction_cosine": "CosineShortRestrictionPruner",
@@ -263,7 +271,11 @@ class _AlongSchedulePruner(SchedulerPruner):
 
 
 class _RatioPolicyPruner(_AlongSchedulePruner):
-    """Scheduled pruner of a ``ratio_policy``; ``schedule`` says how the total grows."""
+    """Scheduled pruner of a ``ratio_policy``; ``schedule`` says how the total grows.
+
+    A policy that looks at data does so when ``compress`` begins, at the model without masks: on the first batches of
+    the training function, which trains a copy that is thrown away.
+    """
 
     def _check_goals(self, inner: Pruner) -> None:
         for place in active_places(inner._target_spaces):
@@ -273,6 +285,8 @@ class _RatioPolicyPruner(_AlongSchedulePruner):
                     f"{type(self).__name__} gives every layer a ratio of its own, but '{place.module}' has a {key}. "
                     "Expected a sparse_ratio only. Use a schedule such as AGPPruner for it."
                 )
+        if self.scheduler.needs_data:
+            refuse_single_weights(type(self).__name__, list(active_places(inner._target_spaces)))
 
     def _prepare(self, inner: Pruner, evaluator: Evaluator) -> None:
         if isinstance(inner, MethodPruner):
@@ -280,6 +294,16 @@ class _RatioPolicyPruner(_AlongSchedulePruner):
         else:
             example = getattr(evaluator, "dummy_input", None)
             self._channels = ChannelTargets.of(inner.bound_model, None if example is None else inputs_of(example))
+        if self.scheduler.needs_data:
+            check_look(type(self).__name__, evaluator, self._channels)
+            self._skeleton = copy.deepcopy(inner.bound_model)
+
+    def _fusion_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if self.scheduler.needs_data:
+            policy = cast("DataRatioPolicy", self.scheduler.build())
+            plain, places = plain_copy(self._skeleton, self.bound_model, None), list(active_places(self._target_spaces))
+            self._seen = looked(policy, plain, self._channels, places, self.evaluator)
+        super()._fusion_compress(max_steps, max_epochs)
 
     def update_sparse_goals(self, current_times: int) -> None:
         """Sets the ratios that the policy gives, scaled to the config_list's total."""
@@ -287,7 +311,10 @@ class _RatioPolicyPruner(_AlongSchedulePruner):
         units = {place.tensor: self._channels.unit_of(place) for place in places}
         progress = current_times / self.total_times
         policy = cast("RatioPolicy", self.scheduler.build())
-        relative = policy(self._weights(places, units), reached_ratios(places, units), progress)
+        if self.scheduler.needs_data:
+            cast("DataRatioPolicy", policy).seen = self._seen
+        weights = policy_weights(self.bound_model, self._channels, places, units)
+        relative = policy(weights, reached_ratios(places, units), progress)
         asked = {name: goal or 0.0 for name, goal in self._asked.items()}
         goals = policy_goals(places, units, relative, asked, self._schedule(progress))
         for place in places:
@@ -302,19 +329,6 @@ class _RatioPolicyPruner(_AlongSchedulePruner):
                 len(short),
                 "; ".join(short[:5]),
             )
-
-    def _weights(self, places: Sequence[Place], units: Mapping[str, str]) -> dict[str, list[Tensor]]:
-        live, names = dict(self.bound_model.named_parameters()), plain_names(self.bound_model)
-        tensors = {plain: live[name] for plain, name in names.items()}
-        groups = {group.name: group for group in self._channels.groups}
-        weights: dict[str, list[Tensor]] = {}
-        for place in places:
-            unit = units[place.tensor]
-            if unit in groups:
-                weights.setdefault(unit, writer_rows(groups[unit], tensors))
-            else:
-                weights.setdefault(unit, []).append(slice_rows(place.space.target, place.dim or 0))
-        return weights
 
 
 class _MaskUpdatePruner(_AlongSchedulePruner):

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nni_prune_ext.cli import options as o
+from nni_prune_ext.cli.onnx_files import input_shape, written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nni_prune_ext.export.onnx_gated import Flavour, GatedExport
+    from nni_prune_ext.gated_deployment import FastestFlavour
     from nni_prune_ext.gates import GatingEstimate
     from nni_prune_ext.workbench import Job
 
@@ -40,6 +42,7 @@ def estimate(
     macs: Annotated[float | None, typer.Option(help="Also find the mass for this share of the dense MACs.")] = None,
     gate: Annotated[list[str], typer.Option(help="Name pattern of a layer to gate; repeatable.")] = [],  # noqa: B006
     uniform: Annotated[bool, typer.Option("--uniform", help="Masses are shares of the filters that go.")] = False,
+    block: Annotated[int, typer.Option(help="Filters switched together, at most: 1, 4, 8 or 16.")] = 1,
     images: Images = 512,
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -48,6 +51,7 @@ def estimate(
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
     from nni_prune_ext.errors import ConfigError
     from nni_prune_ext.gates import estimate_gating, solve_mass
+    from nni_prune_ext.gates.blocks import check_block
     from nni_prune_ext.gates.estimates import MASSES
     from nni_prune_ext.training import accuracy
 
@@ -55,6 +59,7 @@ def estimate(
         raise ConfigError(
             "--macs and --uniform were both given, expected one: the mass is solved for, not the share. Leave one out."
         )
+    check_block(block)
     job = _job(model, data, weights, pretrained, num_classes, image_size, limit_images, download, mean, std, seed=seed)
     batches = _images_and_labels(job, "train", images)
     found = estimate_gating(
@@ -64,14 +69,17 @@ def estimate(
         masses=mass or [own for own in MASSES if own < 1 or not uniform],
         layers=gate or None,
         uniform=uniform,
+        block=block,
         evaluate=lambda network: accuracy(network, batches),
         data=f"{len(batches[0][1])} training images",
     )
-    solved = None if macs is None else solve_mass(job.model, job.example, batches, macs, layers=gate or None)
+    solved = None
+    if macs is not None:
+        solved = solve_mass(job.model, job.example, batches, macs, layers=gate or None, block=block)
     if json:
-        tell_json("done", estimates=[_facts(own) for own in found], macs=macs, mass=solved)
+        tell_json("done", estimates=[_facts(own) for own in found], block=block, macs=macs, mass=solved)
         return
-    _show(found, accuracy(job.model, batches), uniform=uniform)
+    _show(found, accuracy(job.model, batches), uniform=uniform, block=block)
     if solved is not None:
         typer.echo(f"for {macs:.0%} of the dense MACs (closed loop): mass {solved:.3f}")
 
@@ -84,6 +92,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
     flavour: Annotated[str, typer.Option(help="mask, compact, or fastest: measured on this machine.")] = "fastest",
     fold: Annotated[bool, typer.Option("--fold", help="Layers that do not gain lose their gates.")] = False,
+    dense: Annotated[Path | None, typer.Option(help="ONNX file of the dense network, timed beside them.")] = None,
     image_size: o.ImageSize = None,
     num_classes: o.NumClasses = None,
     download: o.Download = False,
@@ -96,7 +105,7 @@ def export(
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
     from nni_prune_ext.deployment import load_gated
     from nni_prune_ext.errors import ConfigError
-    from nni_prune_ext.export.artefact_folder import GATED, ONNX, ModelSpec, check_writable
+    from nni_prune_ext.export.artefact_folder import GATED, ModelSpec, check_writable
     from nni_prune_ext.export.manifest import checked_manifest
     from nni_prune_ext.export.onnx_gated import export_gated
     from nni_prune_ext.gated_deployment import export_fastest
@@ -109,7 +118,13 @@ def export(
         raise ConfigError(
             "The flavour mask gathers and folds nothing, but --fold was given, expected compact. Leave --fold out."
         )
+    if flavour != "fastest" and dense is not None:
+        raise ConfigError(
+            f"--dense was given, but the flavour {flavour} is written without timing anything, expected fastest. Leave "
+            "one of the two out."
+        )
     checked_manifest(artefact, needed=(GATED,))
+    reference = _reference(dense, artefact, out) if flavour == "fastest" else None
     check_writable(out.parent)
     known = ModelSpec.load(artefact)
     job = _job(model, data, None, False, num_classes, image_size, None, download, None, None, seed=seed, known=known)
@@ -120,20 +135,60 @@ def export(
             "does not gate by heads. Export it with code of that method."
         )
     given = _images_and_labels(job, "test", images)[0][0]
+    if reference is not None:
+        _check_fits(reference, given)
     out.parent.mkdir(parents=True, exist_ok=True)
-    verdict, rows = "", {}
+    best: FastestFlavour | None = None
     if flavour == "fastest":
-        dense = artefact.parent / "dense" / ONNX  # where a run puts it
-        references = {"dense": dense} if dense.is_file() else None
+        references = None if reference is None else {"dense": reference}
         best = export_fastest(network, job.example, out, given, references=references, fold=fold, opset=opset)
-        made, verdict, rows = best.export, best.verdict, {row.name: row.ratio for row in best.latency.rows}
+        made = best.export
     else:
         kind: Flavour = "mask" if flavour == "mask" else "compact"
         made = export_gated(network, job.example, out, flavour=kind, images=given, fold=fold, opset=opset)
     if json:
-        tell_json("done", **_export_facts(made), verdict=verdict, latency_ratios=rows)
+        tell_json("done", **_export_facts(made), **_timing_facts(best, reference))
         return
-    _tell(made, verdict, rows)
+    _tell(made, best, reference)
+
+
+def _reference(dense: Path | None, artefact: Path, out: Path) -> Path | None:
+    """Returns the ONNX file of the dense network: the one given, or that of the run, if there is one.
+
+    Raises:
+        ConfigError: the one given is not there, or would be overwritten.
+    """
+    from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
+    from nni_prune_ext.export.artefact_folder import ONNX
+
+    if dense is None:
+        own = artefact.parent / "dense" / ONNX  # where a run puts it
+        return own if own.is_file() else None
+    if not dense.is_file():
+        raise ConfigError(
+            f"There is no file '{dense}', expected the ONNX file of the dense network. Name it with --dense, or leave "
+            "--dense out."
+        )
+    if dense.resolve() == out.resolve():
+        raise ConfigError(f"--dense and --out are both '{dense}', expected two files. Write to another one.")
+    return dense
+
+
+def _check_fits(reference: Path, images: Tensor) -> None:
+    """Refuses a dense network that does not take one of the images.
+
+    Raises:
+        ConfigError: its input is another.
+        ModelError: it cannot be read as ONNX.
+    """
+    from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
+
+    shape, wanted = input_shape(reference), (1, *images.shape[1:])
+    if (shape[0] or 1, *shape[1:]) != wanted:
+        raise ConfigError(
+            f"The dense network '{reference}' takes inputs of {written(shape)}, expected {written(wanted)}, one image "
+            "at a time, as the gated network does. Name another file with --dense."
+        )
 
 
 def _job(
@@ -200,13 +255,14 @@ def _facts(own: GatingEstimate) -> dict[str, float | None]:
     }
 
 
-def _show(found: list[GatingEstimate], dense: float, *, uniform: bool) -> None:
+def _show(found: list[GatingEstimate], dense: float, *, uniform: bool, block: int) -> None:
     from rich.console import Console  # imported here to keep --help instant
     from rich.table import Table
 
     table = Table(
         caption="closed: targets applied; official: counted as the paper's code does; ceiling: perfect heads, nothing "
-        f"trained; dense {dense:.2%}, on the same training images",
+        f"trained; dense {dense:.2%}, on the same training images"
+        + (f"; blocks of up to {block} filters" if block > 1 else ""),
         caption_justify="left",
     )
     for heading in (
@@ -238,7 +294,16 @@ def _export_facts(made: GatedExport) -> dict[str, object]:
     }
 
 
-def _tell(made: GatedExport, verdict: str, rows: dict[str, float]) -> None:
+def _timing_facts(best: FastestFlavour | None, reference: Path | None) -> dict[str, object]:
+    return {
+        "verdict": "" if best is None else best.verdict,
+        "latency_ratios": {} if best is None else {row.name: row.ratio for row in best.latency.rows},
+        "refused": {} if best is None else dict(best.refused),
+        "dense": None if reference is None else str(reference),
+    }
+
+
+def _tell(made: GatedExport, best: FastestFlavour | None, reference: Path | None) -> None:
     assert made.parity is not None
     typer.echo(
         f"{made.path}: flavour {made.flavour}, {made.size_bytes:,} bytes, {made.parity.agreement:.4%} of the mask bits "
@@ -248,6 +313,15 @@ def _tell(made: GatedExport, verdict: str, rows: dict[str, float]) -> None:
         typer.echo(f"open filters only: {', '.join(made.gathered) or 'no layer'}")
     if made.folded:
         typer.echo(f"no longer gated, so this is another function: {', '.join(made.folded)}")
-    for name, ratio in rows.items():
-        typer.echo(f"  {name}: × {ratio:.2f}")
-    typer.echo(f"{verdict} ".lstrip() + f"Limits: {made.limits}.")
+    if best is not None:
+        for row in best.latency.rows:
+            typer.echo(f"  {row.name}: × {row.ratio:.2f}")
+        for name, reason in best.refused.items():
+            typer.echo(f"  {name}: not considered. {reason}")
+        typer.echo(
+            "no dense network was timed, ratios are to the static core; --dense names one"
+            if reference is None
+            else f"ratios are to the dense network {reference}"
+        )
+        typer.echo(best.verdict)
+    typer.echo(f"Limits: {made.limits}.")

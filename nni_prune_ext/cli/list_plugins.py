@@ -103,7 +103,7 @@ def _details(kind: Kind, name: str) -> dict[str, object]:
     if kind == "schedulers":
         scheduler = load_plugin("schedulers", name)
         if isinstance(scheduler, SchedulerSpec):
-            return {"type": scheduler.kind, "summary": scheduler.summary}
+            return {"type": scheduler.kind, "summary": scheduler.summary, "needs_data": scheduler.needs_data}
         return {"summary": str(scheduler)}
     return _method_facts(name)
 
@@ -126,9 +126,8 @@ def _line(facts: dict[str, object]) -> str:
     """Says what a plugin does in one line."""
     if facts["kind"] == "runtimes":
         return f"{'usable' if facts['usable'] else 'not usable'}: {facts['reason']}"
-    if facts["kind"] == "schedulers" and "type" in facts:
-        return f"{facts['type']}: {facts['summary']}"
-    return f"{facts['summary']}{' (needs data)' if facts.get('needs_data') else ''}"
+    said = f"{facts['summary']}{' (needs data)' if facts.get('needs_data') else ''}"
+    return f"{facts['type']}: {said}" if "type" in facts else said
 
 
 def _show_one(facts: dict[str, object]) -> None:

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
+from nni_prune_ext.errors import ConfigError
+
+BLOCKS = (1, 4, 8, 16)
+"""Filters that may be switched together, at most; the choices of FTWT's option ``block``."""
 _FEWEST = 4
 """Blocks that a layer has at least."""
+
+
+def check_block(block: int) -> None:
+    """Refuses sizes of blocks that are no choice.
+
+    Raises:
+        ConfigError: it is not 1, 4, 8 or 16.
+    """
+    if block not in BLOCKS:
+        raise ConfigError(
+            f"The block is {block}, expected one of {', '.join(str(size) for size in BLOCKS)}: filters that are "
+            "switched together, at most. 1 is single filters."
+        )
+
+
+def block_units(heats: Mapping[str, Tensor], wanted: Callable[[Tensor], Tensor], block: int) -> dict[str, Tensor]:
+    """Returns layer → the unit of every filter, ``(C,)`` int64: blocks of filters that fire for the same images.
+
+    Args:
+        heats: layer → heat of every filter for every image, ``(N, C)``.
+        wanted: heats → which filters are needed, ``(N, C)`` bool.
+        block: filters per block, at most.
+    """
+    units = {}
+    for layer, own in heats.items():
+        size = block_size(own.shape[1], block)
+        units[layer] = firing_together(wanted(own), size) if size > 1 else torch.arange(own.shape[1])
+    return units
 
 
 def block_size(channels: int, largest: int) -> int:

@@ -7,7 +7,8 @@ gates differ: heads err, and the network moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.gates.blocks import block_units, check_block
 from nni_prune_ext.gates.expected_macs import ExpectedMacs
 from nni_prune_ext.gates.firing import FiringCounter, LayerFiring
 from nni_prune_ext.gates.firing_targets import mass_targets, uniform_targets
@@ -67,11 +69,17 @@ class GateProbe:
         dense: int | None = None,
     ) -> None:
         self.model, self.gates, self.run, self.batches, self.data = model, gates, run, batches, data
-        self._counter = partial(mac_counter, model, example_inputs, flow, gates, dense=dense)
+        self._counter = partial(mac_counter, model, example_inputs, flow, dense=dense)
+
+    def with_gates(self, gates: Gates) -> GateProbe:
+        """Returns a probe of the same network on the same batches with other gates at the same places."""
+        made = copy.copy(self)
+        made.gates = gates
+        return made
 
     def measured(self, masks: Masks, targets: Targets | None = None) -> tuple[ExpectedMacs, dict[str, LayerFiring]]:
         """Returns MACs and firing with these masks."""
-        counter, firing = self._counter(), FiringCounter()
+        counter, firing = self._counter(self.gates), FiringCounter()
         for _ in self.passes(masks, targets):
             opened = self.gates.open_channels()
             counter.add(opened)
@@ -109,7 +117,7 @@ class GateProbe:
 
     def open_loop(self, rules: Sequence[Targets]) -> list[ExpectedMacs]:
         """Returns the MACs of several rules for targets, from one pass with all gates open."""
-        counters = [self._counter() for _ in rules]
+        counters = [self._counter(self.gates) for _ in rules]
         for _ in self.passes("open", torch.ones_like):
             for rule, counter in zip(rules, counters):
                 wanted = {layer: rule(own) for layer, own in self.gates.heats.items()}
@@ -148,6 +156,7 @@ def estimate_gating(
     masses: Sequence[float] = MASSES,
     layers: Sequence[str] | None = None,
     uniform: bool = False,
+    block: int = 1,
     closed_loop: bool = True,
     run: Callable[[nn.Module, Any], object] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -160,26 +169,31 @@ def estimate_gating(
         batches: a few hundred images or more; batches of ``(images, labels)`` unless ``run`` says otherwise.
         layers: names or patterns of the layers to gate; the usual places by default.
         uniform: masses are the share of the units that goes, the same in every layer and for every image.
+        block: filters that are switched together, at most (1, 4, 8 or 16): FTWT's blocks, chosen anew for each mass.
         closed_loop: also run with the targets applied, once per mass.
         run: runs the model on one batch.
         evaluate: a metric of a network, for the accuracy of the closed loop.
         data: name of the images.
 
     Raises:
-        ConfigError: no batch, no place for a gate, or a mass out of range.
+        ConfigError: no batch, no place for a gate, a mass out of range, or another block.
         ModelError, TraceError: the model cannot be followed.
     """
+    check_block(block)
     probe, _ = gate_probe(model, example_inputs, batches, layers, run, data=data)
     for mass in masses:
         check_mass(mass, uniform=uniform)
     rules = [rule_of(mass, uniform=uniform) for mass in masses]
+    single = probe.open_loop(rules) if block == 1 else []
     result = []
-    for mass, rule, opened in zip(masses, rules, probe.open_loop(rules)):
-        closed = probe.measured("targets", rule)[0] if closed_loop else None
+    for number, (mass, rule) in enumerate(zip(masses, rules)):
+        own, _ = settled(probe, mass, block=block, uniform=uniform)
+        opened = single[number] if single else own.open_loop([rule])[0]
+        closed = own.measured("targets", rule)[0] if closed_loop else None
         metric = None
         if evaluate is not None and closed_loop:
-            with untouched(model), _set(probe.gates, "targets", rule):
-                metric = evaluate(GatedNetwork(model, probe.gates).eval())
+            with untouched(model), _set(own.gates, "targets", rule):
+                metric = evaluate(GatedNetwork(model, own.gates).eval())
         result.append(GatingEstimate(mass, opened, closed, metric))
     return result
 
@@ -216,14 +230,58 @@ def solve_mass(
     macs: float,
     *,
     layers: Sequence[str] | None = None,
+    block: int = 1,
     run: Callable[[nn.Module, Any], object] | None = None,
 ) -> float:
     """Returns the mass with which perfect heads would use a share ``macs`` (0–1) of the dense MACs (closed loop).
 
+    With blocks (``block`` filters at most), it is the one that FTWT's option ``expected_macs`` leads to: a mass for
+    single filters, blocks by that mass, and then the mass for these blocks.
+
     Raises:
-        ConfigError: no batch, no place for a gate, or a share that no mass reaches.
+        ConfigError: no batch, no place for a gate, a share that no mass reaches, or another block.
     """
-    return solved_mass(gate_probe(model, example_inputs, batches, layers, run)[0], macs)
+    check_block(block)
+    return settled(gate_probe(model, example_inputs, batches, layers, run)[0], macs=macs, block=block)[1]
+
+
+def settled(
+    probe: GateProbe,
+    mass: float = 1.0,
+    *,
+    macs: float | None = None,
+    block: int = 1,
+    uniform: bool = False,
+    fresh: Callable[[Mapping[str, Tensor]], Gates] | None = None,
+    agreed: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> tuple[GateProbe, float]:
+    """Returns a probe whose gates switch blocks of filters, if that is asked for, and the mass.
+
+    Args:
+        probe: with gates of single filters.
+        mass: has no say where ``macs`` is given.
+        macs: share of the dense MACs for which the mass is solved: without blocks, and then with them.
+        block: filters per block, at most.
+        uniform: the mass is the share of the units that goes.
+        fresh: makes gates from the units of every layer.
+        agreed: the means of tensors over all processes.
+
+    Raises:
+        ConfigError: a share that no mass reaches.
+    """
+    if macs is not None:
+        mass = solved_mass(probe, macs, uniform=uniform)
+    if block == 1:
+        return probe, mass
+    units = block_units(agreed(probe.heats()), rule_of(mass, uniform=uniform), block)
+    probe = probe.with_gates((fresh or partial(_fresh, probe))(units))
+    return probe, mass if macs is None else solved_mass(probe, macs, uniform=uniform)
+
+
+def _fresh(probe: GateProbe, units: Mapping[str, Tensor]) -> Gates:
+    """Returns new gates in the places of a probe's."""
+    with unchanged_globals():  # the heads are drawn, and play no part
+        return new_gates(probe.gates.places, units=units).to(next(probe.model.parameters()).device)
 
 
 def solved_mass(probe: GateProbe, macs: float, *, uniform: bool = False, steps: int = 10) -> float:

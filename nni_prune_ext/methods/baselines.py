@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.plan import PruningPlan, plan_from_channels
-from nni_prune_ext.schedules import build_ratio_policy, build_schedule, rewinds
+from nni_prune_ext.schedules import build_schedule, informed_ratio_policy, rewinds
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.group_reduction import group_importance, writer_rows
 from nni_prune_ext.scoring.weight_norms import geometric_median_distance, l1_norm, l2_norm
@@ -86,6 +86,7 @@ class CriterionPruning(PruningMethod):
         self.options = options
         self.criterion = criterion
         self._ratios: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
         self._first: dict[str, Tensor] = {}
 
     def phases(self) -> Sequence[Phase]:
@@ -110,13 +111,14 @@ class CriterionPruning(PruningMethod):
         return Outcome(plan_from_channels(context.groups, {}))
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
-        """Returns the ratios reached so far, which the ratio policy looks at, and weights to rewind to."""
-        return dict(self._first), {"ratios": dict(self._ratios)}
+        """Returns the ratios so far and what was seen of data, for the ratio policy, and weights to rewind to."""
+        return dict(self._first), {"ratios": dict(self._ratios), "seen": dict(self._seen)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
-        """Restores the ratios and first weights."""
+        """Restores them."""
         self._first = dict(tensors)
         self._ratios = dict(cast("dict[str, float]", values["ratios"]))
+        self._seen = dict(cast("dict[str, float]", values["seen"]))
 
     def _cut(self, context: MethodContext, plan: PruningPlan) -> None:
         context.apply(plan)
@@ -133,7 +135,7 @@ class CriterionPruning(PruningMethod):
         return allocation.plan
 
     def _policy(self, context: MethodContext, step: int) -> Mapping[str, float]:
-        policy = build_ratio_policy(cast("str", self.options.ratio_policy))
+        policy = informed_ratio_policy(cast("str", self.options.ratio_policy), context, self._seen)
         tensors = dict(context.model.named_parameters())
         weights = {group.name: writer_rows(group, tensors) for group in context.groups}
         previous = {group.name: self._ratios.get(group.name, 0.0) for group in context.groups}

@@ -44,8 +44,7 @@ from torch.optim import SGD, Optimizer
 
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import CertificateError
-from nni_prune_ext.gates.blocks import block_size, firing_together
-from nni_prune_ext.gates.estimates import GateProbe, rule_of, solved_mass
+from nni_prune_ext.gates.estimates import GateProbe, rule_of, settled
 from nni_prune_ext.gates.firing import firing_facts, firing_picture
 from nni_prune_ext.gates.gated_network import GatedNetwork, Gates, Targets
 from nni_prune_ext.gates.heads import GateHead
@@ -205,15 +204,17 @@ class Ftwt(PruningMethod):
         places = chosen_places(flow, self.options.patterns, model=type(context.model).__name__)
         device = next(context.model.parameters()).device
         self.gates = self._fresh(places, {}).to(device)
-        batches = self._batches(context)[0]
-        probe = self._probe(context, flow, batches)
-        if self.options.expected_macs is not None:
-            self.mass = self._solved(probe, self.options.expected_macs)
-        if self.options.block > 1:
-            self.gates = self._fresh(places, self._blocks(context, probe)).to(device)
-            probe = self._probe(context, flow, batches)
-            if self.options.expected_macs is not None:
-                self.mass = self._solved(probe, self.options.expected_macs)
+        probe = self._probe(context, flow, self._batches(context)[0])
+        probe, self.mass = settled(
+            probe,
+            self.mass,
+            macs=self.options.expected_macs,
+            block=self.options.block,
+            uniform=self.options.targets == "uniform",
+            fresh=lambda units: self._fresh(places, units).to(device),
+            agreed=context.agreed,
+        )
+        self.gates = probe.gates
         if not self.options.softmax:
             probe.scale_heads()
         if not self.options.safe_start:
@@ -225,17 +226,6 @@ class Ftwt(PruningMethod):
             hottest = probe.heats()
             for place, head in zip(self.gates.places, self.gates.all_heads()):
                 _fix(head, hottest[place.layer], float(firing[place.layer].rate.mean()))
-
-    def _solved(self, probe: GateProbe, macs: float) -> float:
-        return solved_mass(probe, macs, uniform=self.options.targets == "uniform")
-
-    def _blocks(self, context: MethodContext, probe: GateProbe) -> dict[str, Tensor]:
-        """Returns the units of every layer: blocks of filters that fire for the same images."""
-        rule, units = self._rule(), {}
-        for layer, heats in context.agreed(probe.heats()).items():
-            size = block_size(heats.shape[1], self.options.block)
-            units[layer] = firing_together(rule(heats), size) if size > 1 else torch.arange(heats.shape[1])
-        return units
 
     def _batches(self, context: MethodContext) -> tuple[list[Batch], list[Batch]]:
         """Returns the batches to calibrate on, and others (none if the data are few)."""

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.methods.base import MethodSpec
 from nni_prune_ext.registry import load_plugin, plugins
-from nni_prune_ext.schedules import SchedulerSpec
+from nni_prune_ext.schedules import SchedulerSpec, needs_data
 
 NOTHING = "none"
 """How ``None`` is written among the choices of a search space: NNI takes numbers and texts only."""
@@ -149,6 +149,21 @@ def options_from_trial(spec: MethodSpec, parameters: Mapping[str, object]) -> Ba
             f"The trial's parameter '{name}' is {first['input']!r}, which method '{spec.name}' does not take: "
             f"{first['msg']}. Known options: {', '.join(facts) or 'none'}. Make the search space with search_space()."
         ) from error
+
+
+def policy_with_data(options: BaseModel) -> str | None:
+    """Returns the name of an option whose value is a ratio policy that looks at data, ``None`` if there is none.
+
+    Raises:
+        UnknownPluginError: a ratio policy is not registered.
+        PluginError: what is named is no ratio policy.
+    """
+    for name, field in type(options).model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        value = getattr(options, name)
+        if extra.get("registered") == "ratio_policy" and value is not None and needs_data(value):
+            return name
+    return None
 
 
 def _fact(name: str, field: FieldInfo, default: JsonValue) -> OptionFact:

@@ -64,7 +64,7 @@ from nni_prune_ext.methods.psap_protection import (
 from nni_prune_ext.methods.psap_ratios import adaptive_ratios, relative_ratios
 from nni_prune_ext.plan import plan_from_channels, removed_channels
 from nni_prune_ext.registry import load_plugin
-from nni_prune_ext.schedules import build_ratio_policy, build_schedule
+from nni_prune_ext.schedules import build_schedule, informed_ratio_policy
 from nni_prune_ext.scoring.gradient_statistics import gate_gradients
 from nni_prune_ext.scoring.group_reduction import writer_rows
 from nni_prune_ext.scoring.weight_sparsity import weight_sparsity
@@ -94,6 +94,7 @@ class Psap(PruningMethod):
         self.use: dict[str, Tensor] = {}
         self.ever: dict[str, dict[str, Tensor]] = {"protected": {}, "revived": {}}
         self.ratios: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
         self._pace = 0.0
         self._readings = Readings([], set())
         self._row: Tensor | None = None
@@ -113,7 +114,7 @@ class Psap(PruningMethod):
             )
         build_schedule(self.options.schedule)
         if self.options.ratio_policy is not None:
-            build_ratio_policy(self.options.ratio_policy)
+            informed_ratio_policy(self.options.ratio_policy, context, self._seen)
         _criterion(self.options.criterion)
         flat = {group.name: torch.zeros(group.num_channels) for group in context.groups}
         largest = context.allocate(flat, ratios=dict.fromkeys(flat, 1.0)).largest
@@ -161,10 +162,11 @@ class Psap(PruningMethod):
         return Outcome(plan_from_channels(context.groups, {}), facts=self._facts)
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
-        """Returns what is closed and shielded, how much channels are used, ratios and facts."""
+        """Returns what is closed and shielded, how much channels are used, ratios, what was seen of data, facts."""
         parts = {"closed": self.closed, "shield": self.shields, "use": self.use, **self.ever}
         tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
-        return tensors, {"pace": self._pace, "ratios": dict(self.ratios), "facts": dict(self._facts)}
+        numbers = {"ratios": dict(self.ratios), "seen": dict(self._seen), "facts": dict(self._facts)}
+        return tensors, {"pace": self._pace, **numbers}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
         """Restores what ``state_dict`` returned."""
@@ -176,6 +178,7 @@ class Psap(PruningMethod):
         self.ever = {"protected": own["protected"], "revived": own["revived"]}
         self._pace = float(cast("float", values["pace"]))
         self.ratios = dict(cast("dict[str, float]", values["ratios"]))
+        self._seen = dict(cast("dict[str, float]", values["seen"]))
         self._facts = dict(cast("dict[str, float]", values["facts"]))
 
     def _prune(self, context: MethodContext, step: int) -> None:
@@ -233,7 +236,8 @@ class Psap(PruningMethod):
         if self.options.ratio_policy is None:
             relative = relative_ratios(sparsity)
         else:
-            relative = dict(build_ratio_policy(self.options.ratio_policy)(_rows(context), self.ratios, progress))
+            policy = informed_ratio_policy(self.options.ratio_policy, context, self._seen)
+            relative = dict(policy(_rows(context), self.ratios, progress))
         sizes, ratios, share = {group.name: group.num_channels for group in context.groups}, relative, 0.0
         for _ in range(_ROUNDS):  # bounds move ratios to channels that cost more or less, so that others are due
             allocation = context.allocate(scores, fraction=fraction, ratios=ratios)

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from nni_prune_ext.allocation import parse_targets, sparsity_of
 from nni_prune_ext.errors import NniPruneExtError, PluginError, RecipeError
 from nni_prune_ext.methods.base import MethodSpec
+from nni_prune_ext.methods.options import policy_with_data
 from nni_prune_ext.recipes.recipe import Recipe, all_keys, section_in
 from nni_prune_ext.recipes.yaml_files import KeyPath, Origins, override, read_yaml
 from nni_prune_ext.registry import load_plugin
@@ -148,6 +149,8 @@ def _conflicts(recipe: Recipe, epochs: int, complete: bool) -> Iterator[tuple[tu
             yield ("recovery.epochs", "data"), missing
         if spec is not None and spec.needs_data:
             yield ("method", "data"), missing
+        elif spec is not None and (policy := policy_with_data(spec.options.model_validate(recipe.options))):
+            yield (f"options.{policy}", "data"), missing
         if epochs:
             yield ("options", "data"), f"with training between its steps {missing}"
         if recipe.training.patience:

@@ -11,7 +11,11 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from nni_prune_ext.schedules import MaskUpdateRule, RatioPolicy, Schedule, SchedulerSpec
+from nni_prune_ext.errors import ConfigError
+from nni_prune_ext.methods.baselines import L1
+from nni_prune_ext.schedules import DataRatioPolicy, MaskUpdateRule, RatioPolicy, Schedule, SchedulerSpec
+from nni_prune_ext.scoring.group_reduction import writer_rows
+from nni_prune_ext.testing.method_bench import Bench, global_hooks, modes_of, traces_on
 
 _Result = TypeVar("_Result")
 _PROGRESS = [step / 64 for step in range(65)]
@@ -26,6 +30,7 @@ def check_scheduler(spec: SchedulerSpec) -> None:
     _require(isinstance(spec, SchedulerSpec), f"What is registered is a SchedulerSpec, not a {type(spec).__name__}.")
     _require(spec.kind in _CHECKS, f"The kind of a scheduler is one of {', '.join(_CHECKS)}, not '{spec.kind}'.")
     _require(bool(spec.summary.strip()), "A scheduler has a summary for listings.")
+    _require(spec.kind == "ratio_policy" or not spec.needs_data, "Only a ratio policy looks at data.")
     _CHECKS[spec.kind](spec)
 
 
@@ -47,15 +52,17 @@ def check_schedule(spec: SchedulerSpec) -> None:
 
 
 def check_ratio_policy(spec: SchedulerSpec) -> None:
-    """Checks that a ratio policy gives one usable ratio per group, from its arguments alone.
+    """Checks that a ratio policy gives one usable ratio per group, from its arguments and what it saw of data alone.
 
     Raises:
         AssertionError: a promise is broken; the message says which.
     """
-    weights = _toy_weights()
+    weights, seen = _toy_weights(), {"wide": 0.3, "twin": 0.3, "double": 0.1, "dead": 0.0}
+    if spec.needs_data:
+        _check_look(spec)
     for previous in (dict.fromkeys(weights, 0.0), {name: 0.1 * i for i, name in enumerate(sorted(weights))}):
         previous["twin"] = previous["wide"]
-        policy, again = cast("RatioPolicy", spec.build()), cast("RatioPolicy", spec.build())
+        policy, again = _policy(spec, seen), _policy(spec, seen)
         for progress in (0.0, 0.5, 1.0):
             before = {name: [rows.clone() for rows in layers] for name, layers in weights.items()}
             ratios = _in_random_state(1, partial(policy, weights, dict(previous), progress))
@@ -69,6 +76,41 @@ def check_ratio_policy(spec: SchedulerSpec) -> None:
             _require(dict(ratios) == dict(repeated), "A ratio policy depends on its arguments only.")
             _require(ratios["wide"] == ratios["twin"], "A ratio policy treats equal groups equally.")
             _require(_same(before, weights), "A ratio policy leaves the weights unchanged.")
+
+
+def _check_look(spec: SchedulerSpec) -> None:
+    """Checks a ratio policy that looks at data, on the bench of methods."""
+    run = Bench.of(L1, {}).run()
+    tensors = dict(run.model.named_parameters())
+    weights = {group.name: writer_rows(group, tensors) for group in run.groups}
+    before, modes = {name: own.clone() for name, own in run.model.state_dict().items()}, modes_of(run.model)
+    hooks = global_hooks()
+    first, second = (
+        _in_random_state(seed, lambda: dict(cast("DataRatioPolicy", spec.build()).look(run))) for seed in (1, 2)
+    )
+    _require(first == second, "Two looks at the same data see the same.")
+    _require(bool(first), "A ratio policy that looks at data sees something.")
+    plain = all(type(name) is str and type(value) is float and math.isfinite(value) for name, value in first.items())
+    _require(plain, "What a ratio policy saw is a finite float per group, so that hosts can save it.")
+    after = run.model.state_dict()
+    _require(all(torch.equal(own, after[name]) for name, own in before.items()), "A look leaves the model unchanged.")
+    left = [*traces_on(run.model), *(["a global hook"] if global_hooks() != hooks else [])]
+    _require(modes == modes_of(run.model) and not left, f"A look leaves no trace on the model: {', '.join(left)}.")
+    ratios = _policy(spec, first)(weights, dict.fromkeys(weights, 0.0), 1.0)
+    _require(set(ratios) == set(weights), "A ratio policy gives one ratio for every group and no other.")
+    try:
+        _policy(spec, {})(weights, dict.fromkeys(weights, 0.0), 1.0)
+    except ConfigError:
+        return
+    raise AssertionError("A ratio policy that has not looked at the data it needs refuses to answer.")
+
+
+def _policy(spec: SchedulerSpec, seen: Mapping[str, float]) -> RatioPolicy:
+    """Returns a fresh policy, which has seen something if it looks at data: as a host makes it in a run continued."""
+    policy = spec.build()
+    if spec.needs_data:
+        cast("DataRatioPolicy", policy).seen = seen
+    return cast("RatioPolicy", policy)
 
 
 def check_mask_update_rule(spec: SchedulerSpec) -> None:

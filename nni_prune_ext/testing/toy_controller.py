@@ -16,7 +16,7 @@ from torch import Tensor
 from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.methods.base import JsonState, MethodContext, MethodSpec, Outcome, Phase, PruningMethod
 from nni_prune_ext.plan import plan_from_channels, removed_channels
-from nni_prune_ext.schedules import build_mask_update_rule, build_ratio_policy, build_schedule
+from nni_prune_ext.schedules import build_mask_update_rule, build_schedule, informed_ratio_policy
 from nni_prune_ext.scoring.group_reduction import group_importance, writer_rows
 from nni_prune_ext.scoring.weight_norms import l2_norm
 from nni_prune_ext.surgery import Removal
@@ -41,6 +41,7 @@ class Controller(PruningMethod):
         self.options = options
         self.masks: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
+        self.seen: dict[str, float] = {}
         self.revived = 0
 
     def phases(self) -> Sequence[Phase]:
@@ -59,7 +60,8 @@ class Controller(PruningMethod):
         scores = self._scores(context)
         tensors = dict(context.model.named_parameters())
         weights = {group.name: writer_rows(group, tensors) for group in context.groups}
-        ratios = build_ratio_policy(self.options.ratio_policy)(weights, self.ratios, context.progress)
+        policy = informed_ratio_policy(self.options.ratio_policy, context, self.seen)
+        ratios = policy(weights, self.ratios, context.progress)
         fraction = build_schedule(self.options.schedule)(context.progress)
         allocation = context.allocate(scores, fraction=fraction, ratios=ratios)
         gone = removed_channels(allocation.plan, context.groups)
@@ -85,13 +87,14 @@ class Controller(PruningMethod):
         return Outcome(context.allocate(self._scores(context)).plan, facts={"revived": float(self.revived)})
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:
-        """Returns masks, ratios and the count of revived channels."""
-        return dict(self.masks), {"ratios": self.ratios, "revived": self.revived}
+        """Returns masks, ratios, what was seen of data, and the count of revived channels."""
+        return dict(self.masks), {"ratios": self.ratios, "seen": self.seen, "revived": self.revived}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: JsonState) -> None:
         """Restores them."""
         self.masks = dict(tensors)
         self.ratios, self.revived = cast("dict[str, float]", values["ratios"]), cast("int", values["revived"])
+        self.seen = cast("dict[str, float]", values["seen"])
 
     def _scores(self, context: MethodContext) -> dict[str, Tensor]:
         tensors = dict(context.model.named_parameters())

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nni_prune_ext import cli
+from nni_prune_ext import cli, gates
 from nni_prune_ext.data.batches import split_batches
 from nni_prune_ext.data.sources import open_data
 from nni_prune_ext.deployment import load_gated
@@ -186,6 +186,21 @@ def test_uniform_masses_are_shares_of_the_filters_that_go(folder: Path, command:
     assert sorted(shares, reverse=True) == shares
 
 
+def test_blocks_of_filters_are_foreseen(
+    folder: Path, command: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "solve_mass", lambda *_, block, **__: block / 10)
+    words = (*ESTIMATE, "--mass", "0.5", "--macs", "0.6", "--json")
+    single, blocks = (facts_of(command(*words, *more)[1]) for more in ((), ("--block", "4")))
+
+    assert (1, 4) == (single["block"], blocks["block"])
+    assert blocks["estimates"][0]["closed_loop_macs_share"] != single["estimates"][0]["closed_loop_macs_share"]
+    assert (0.1, 0.4) == (single["mass"], blocks["mass"])
+    code, out, _ = command(*ESTIMATE, "--mass", "0.5", "--block", "4")
+    assert 0 == code
+    assert "blocks of up to 4 filters" in out
+
+
 def test_layers_to_gate_can_be_named(folder: Path, command: Command, run: Path) -> None:
     _, every, _ = command(*ESTIMATE, "--mass", "0.5", "--json")
     code, one, _ = command(*ESTIMATE, "--mass", "0.5", "--gate", "3", "--json")
@@ -224,8 +239,11 @@ def test_the_fastest_flavour_says_what_it_measured(folder: Path, command: Comman
 
     found = facts_of(out)
     assert (0, "") == (code, err)
-    assert {"dense", "static core", "mask", "compact", "compact, all layers"} == found["latency_ratios"].keys()
+    assert {"dense", "static core", "mask", "compact, all layers"} == found["latency_ratios"].keys()
+    assert {"compact"} == found["refused"].keys(), "these layers are too small to gain"
     assert found["verdict"].startswith("The fastest flavour is '")
+    assert str(run / "run" / "dense" / "model.onnx") == found["dense"]
+    assert 1 == pytest.approx(found["latency_ratios"]["dense"])
     properties = {own.key: own.value for own in onnx.load(folder / "net.onnx").metadata_props}
     assert found["flavour"] == properties["nni_prune_ext.flavour"]
     assert found["size_bytes"] == (folder / "net.onnx").stat().st_size
@@ -233,9 +251,54 @@ def test_the_fastest_flavour_says_what_it_measured(folder: Path, command: Comman
     assert ["net.onnx"] == [path.name for path in folder.iterdir()]
 
 
+def test_a_dense_network_can_be_named_and_is_said(folder: Path, command: Command, run: Path) -> None:
+    shutil.copy(run / "run" / "ftwt" / "model.onnx", "mine.onnx")  # the static core, in the place of any network
+
+    code, out, err = command(*export(run, "--dense", "mine.onnx"))
+
+    assert (0, "") == (code, err)
+    assert "\nratios are to the dense network mine.onnx\n" in out
+    assert "\n  dense: × 1.00\n" in out
+    assert "\n  compact: not considered. No gated layer would compute its open filters only" in out
+    assert ["mine.onnx", "net.onnx"] == sorted(path.name for path in folder.iterdir())
+    assert (run / "run" / "ftwt" / "model.onnx").read_bytes() == (folder / "mine.onnx").read_bytes()
+
+
+def test_a_run_without_a_dense_network_says_so(folder: Path, command: Command, run: Path) -> None:
+    shutil.copytree(run / "run" / "ftwt", "alone/ftwt")
+
+    code, out, _ = command("gates", "export", MODEL, "--artefact", "alone/ftwt", "--data", DATA, "--out", "net.onnx")
+
+    assert 0 == code
+    assert "no dense network was timed, ratios are to the static core; --dense names one" in out
+    assert "  static core: × 1.00" in out
+    assert "  dense: ×" not in out
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
+
+def dense(run: Path, file: str) -> list[str]:
+    """Returns a command with a dense network that is in the run's folder, where other files lie, too."""
+    shape = [1, 3, 5, 5] if file == "colours.onnx" else [4, 1, 16, 16]
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "other", ports[:1], ports[1:])
+    if file in ("colours.onnx", "four.onnx"):
+        onnx.save(onnx.helper.make_model(graph), str(run / file))
+    return export(run, "--dense", str(run / file))
+
+
 MISTAKES = {
+    "a dense network that is not there": (lambda run: dense(run, "nothing.onnx"), "There is no file '"),
+    "a folder as dense network": (lambda run: dense(run, "run"), "expected the ONNX file of the dense network"),
+    "a dense network of colours": (lambda run: dense(run, "colours.onnx"), "(1, 3, 5, 5), expected (1, 1, 16, 16)"),
+    "a dense network of four images": (lambda run: dense(run, "four.onnx"), "(4, 1, 16, 16), expected (1, 1, 16, 16)"),
+    "a dense network that is text": (lambda run: dense(run, "tiny_for_gates.py"), "cannot be read as ONNX"),
+    "a dense network with mask": (lambda run: export(run, "--flavour", "mask", "--dense", "a.onnx"), "without timing"),
+    "a dense network to write": (
+        lambda run: export(run, "--dense", str(run / "run/dense/model.onnx"), out=str(run / "run/dense/model.onnx")),
+        "--dense and --out are both",
+    ),
     "a folder without a gated network": (lambda run: export(run, artefact="dense"), "gated"),
     "a folder that is not there": (lambda run: export(run, artefact="nothing"), "nothing"),
     "an unknown flavour": (lambda run: export(run, "--flavour", "fast"), "'fast', expected mask, compact or fastest"),
@@ -246,6 +309,7 @@ MISTAKES = {
     "all filters go": (lambda run: [*ESTIMATE, "--uniform", "--mass", "1"], "expected 0–1 without 1"),
     "macs with uniform": (lambda run: [*ESTIMATE, "--uniform", "--macs", "0.5"], "--macs and --uniform"),
     "macs that cannot be reached": (lambda run: [*ESTIMATE, "--macs", "0.01", "--mass", "1"], "0.01"),
+    "an unknown block": (lambda run: [*ESTIMATE, "--block", "5"], "The block is 5, expected one of 1, 4, 8, 16"),
     "an unknown layer": (lambda run: [*ESTIMATE, "--gate", "layer9.*"], "layer9.*"),
     "an unknown model": (lambda run: ["gates", "estimate", "resnet21", "--data", DATA], "resnet21"),
 }

@@ -52,7 +52,12 @@ def test_the_machine_form_of_a_method_is_its_options(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("agp", ("scheduler", "schedule:")), ("torch-eager", ("runtime", "usable: PyTorch")), ("resnet56", ("model",))],
+    [
+        ("agp", ("scheduler", "schedule:")),
+        ("firing_signature", ("scheduler", "ratio_policy:", "(needs data)")),
+        ("torch-eager", ("runtime", "usable: PyTorch")),
+        ("resnet56", ("model",)),
+    ],
 )
 def test_whatever_is_listed_can_be_named(name: str, words: tuple[str, ...]) -> None:
     text = shown(name)

@@ -124,6 +124,7 @@ MISTAKES = {
     "--max-ratio 2": "--max-ratio is 2.0: expected a value less than or equal to 1.",
     "--epochs 3": "--epochs without data: it needs training data, none was given. Add data (CLI: --data).",
     "--method taylor": "--method without data: it needs training data, none was given. Add data (CLI: --data).",
+    "--option ratio_policy=firing_signature": "--option ratio_policy without data: it needs training data, none",
     "--pretrained --weights a.pt": "--pretrained conflicts with --weights: two sources of weights",
     "--distill 0.5": "--distill: distillation without recovery: the teacher is only used in recovery.",
     "--control": "--control without recovery: nothing trains",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nni_prune_ext.errors import NniPruneExtError, RuntimeUnavailableError
+from nni_prune_ext.errors import ConfigError, NniPruneExtError, RuntimeUnavailableError
 from nni_prune_ext.methods.base import (
     Batch,
     JsonState,
@@ -30,7 +30,7 @@ from nni_prune_ext.plan import plan_from_channels
 from nni_prune_ext.runtimes.base import Array, Availability, InferenceSession, Precision, RunnableModel
 from nni_prune_ext.runtimes.onnxruntime_cpu import OnnxRuntimeCpu
 from nni_prune_ext.runtimes.torch_eager import TorchEager
-from nni_prune_ext.schedules import SchedulerSpec
+from nni_prune_ext.schedules import PolicyContext, SchedulerSpec
 from nni_prune_ext.testing import check_method, check_runtime, check_scheduler
 
 
@@ -284,6 +284,69 @@ def rule(function: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Schedul
     return SchedulerSpec("mask_update_rule", "one sentence", lambda: function)
 
 
+class Looks:
+    """A ratio policy that looks at data, honest unless a subclass says otherwise."""
+
+    seen: Mapping[str, float] = {}
+
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        return {group.name: 1 / group.num_channels for group in context.groups}
+
+    def __call__(self, weights: Mapping[str, Sequence[Tensor]], *_: object) -> Mapping[str, float]:
+        if not self.seen:
+            raise ConfigError("made up")
+        return {name: 1 + self.seen.get(name, 0.0) for name in weights}
+
+
+class LooksAtRandom(Looks):
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        return {group.name: float(torch.rand(())) for group in context.groups}
+
+
+class SeesATensor(Looks):
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        return {group.name: torch.ones(()) for group in context.groups}  # type: ignore[misc]
+
+
+class SeesNothing(Looks):
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        return {}
+
+
+class TouchesStatistics(Looks):
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        context.model.train()
+        context.task_loss(context.batches(1)[0])
+        return super().look(context)
+
+
+class LeavesTheModeOfEvaluation(Looks):
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        context.model.eval()
+        return super().look(context)
+
+
+class LeavesAHookBehind(Looks):
+    def look(self, context: PolicyContext) -> Mapping[str, float]:
+        context.model.register_forward_hook(lambda *_: None)
+        return super().look(context)
+
+
+class AnswersBlindly(Looks):
+    def __call__(self, weights: Mapping[str, Sequence[Tensor]], *_: object) -> Mapping[str, float]:
+        return dict.fromkeys(weights, 1.0)
+
+
+class LosesWhatItHasNotSeen(Looks):
+    def __call__(self, weights: Mapping[str, Sequence[Tensor]], *_: object) -> Mapping[str, float]:
+        super().__call__(weights)
+        return {name: own for name, own in self.seen.items() if name in weights}
+
+
+def looking(policy: type[Looks]) -> SchedulerSpec:
+    return SchedulerSpec("ratio_policy", "one sentence", policy, needs_data=True)
+
+
 def zero_the_weights(weights: Mapping[str, Sequence[Tensor]], *_: object) -> Mapping[str, float]:
     for layers in weights.values():
         for rows in layers:
@@ -312,6 +375,15 @@ SCHEDULERS: dict[str, tuple[SchedulerSpec, str]] = {
     "policy rolls dice": (policy(lambda w, *_: dict.fromkeys(w, float(torch.rand(())))), "its arguments only"),
     "has favourites": (policy(lambda w, *_: {name: len(name) - 3.0 for name in w} | {"twin": 2.0}), "equal groups"),
     "changes weights": (policy(zero_the_weights), "weights unchanged"),
+    "schedule with data": (replace(schedule(lambda p: p), needs_data=True), "Only a ratio policy looks at data"),
+    "looks at random": (looking(LooksAtRandom), "Two looks at the same data"),
+    "sees a tensor": (looking(SeesATensor), "finite float per group"),
+    "sees nothing": (looking(SeesNothing), "sees something"),
+    "touches statistics": (looking(TouchesStatistics), "leaves the model unchanged"),
+    "leaves the mode of evaluation": (looking(LeavesTheModeOfEvaluation), "leaves no trace"),
+    "leaves a hook behind": (looking(LeavesAHookBehind), "leaves no trace on the model: a hook"),
+    "answers blindly": (looking(AnswersBlindly), "refuses to answer"),
+    "loses what it has not seen": (looking(LosesWhatItHasNotSeen), "one ratio for every group"),
     "mask of floats": (rule(lambda old, new, *_: new.float()), "bool"),
     "wrong shape": (rule(lambda old, new, *_: new[None]), "has the shape"),
     "wrong count": (rule(lambda old, new, *_: old & new), "as many channels as proposed"),
@@ -320,6 +392,10 @@ SCHEDULERS: dict[str, tuple[SchedulerSpec, str]] = {
                         "its arguments only"),
     "changes its arguments": (rule(flip_in_place), "arguments unchanged"),
 }  # fmt: skip
+
+
+def test_an_honest_policy_that_looks_at_data_passes() -> None:
+    check_scheduler(looking(Looks))
 
 
 @pytest.mark.parametrize(("spec", "promise"), SCHEDULERS.values(), ids=SCHEDULERS)

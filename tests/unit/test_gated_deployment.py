@@ -134,7 +134,17 @@ Fastest = Callable[..., tuple[FastestFlavour, MadeUpClock]]
 
 
 @pytest.fixture
-def fastest(network: GatedNetwork, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fastest:
+def second_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the second gated layer gain from gathering, whatever its size and rate; the first never does."""
+    monkeypatch.setattr(
+        onnx_gated, "_does_not_pay", lambda layer, rate: [] if layer.name == "3" else ["it does not pay"]
+    )
+
+
+@pytest.fixture
+def fastest(
+    network: GatedNetwork, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second_pays: None
+) -> Fastest:
     def run(ratios: Mapping[str, float], *, error_bar: float = 0.01, **options: object):
         clock = MadeUpClock(ratios, error_bar)
         monkeypatch.setattr(gated_deployment, "measure_latency", clock)
@@ -170,7 +180,7 @@ def test_the_flavour_with_the_smallest_ratio_is_written(
     assert clock.files[winner] == best.export.path.read_bytes()
     found = properties_of(best.export.path)
     assert winner.split(",")[0] == found["flavour"] == best.export.flavour
-    assert ("0, 3" if winner == FLAVOURS[2] else "") == found["gathered"]
+    assert {"mask": "", "compact": "3", "compact, all layers": "0, 3"}[winner] == found["gathered"]
     np.testing.assert_allclose(run_one_by_one(best.export.path, images), expected, rtol=1e-4, atol=1e-4)
     assert ["net.onnx"] == [path.name for path in tmp_path.iterdir()]
     assert {} == best.refused
@@ -229,7 +239,33 @@ def test_seven_images_are_too_few(network: GatedNetwork, images: Tensor, tmp_pat
     assert [] == list(tmp_path.iterdir())
 
 
-def test_eight_images_are_enough(network: GatedNetwork, images: Tensor, tmp_path: Path) -> None:
+def test_compact_without_a_gathered_layer_is_no_candidate_however_fast(
+    fastest: Fastest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_gated, "_does_not_pay", lambda layer, rate: ["it is small"])
+
+    best, clock = fastest({"mask": 0.9, "compact": 0.1, "compact, all layers": 0.95})
+
+    assert ("mask", "mask") == (best.name, best.export.flavour)
+    assert [STATIC_CORE, "mask", "compact, all layers"] == list(clock.files)
+    assert {"compact"} == best.refused.keys()
+    assert "No gated layer would compute its open filters only ('0': it is small)" in best.refused["compact"]
+    batch = onnx.load(best.export.path).graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param, "any batch size"
+
+
+def test_where_no_layer_can_gather_only_the_mask_is_left(fastest: Fastest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        onnx_gated, "_left_out", lambda layers, rates, gathered: [(own.name, "cannot") for own in layers]
+    )
+
+    best, _ = fastest({"mask": 3.0})
+
+    assert "mask" == best.name
+    assert {"compact", "compact, all layers"} == best.refused.keys()
+
+
+def test_eight_images_are_enough(network: GatedNetwork, images: Tensor, tmp_path: Path, second_pays: None) -> None:
     best = export_fastest(network, EXAMPLE, tmp_path / "net.onnx", images[:8], rounds=2, min_seconds=0)
 
     assert {STATIC_CORE, *FLAVOURS} == {row.name for row in best.latency.rows}
@@ -342,7 +378,11 @@ def test_a_reference_that_is_called_like_a_flavour_is_refused(fastest: Fastest, 
         fastest({}, references={"mask": tmp_path / "mine.onnx"})
 
 
-def test_folding_where_no_layer_gains_leaves_that_flavour_out(fastest: Fastest) -> None:
+def test_folding_where_no_layer_gains_leaves_that_flavour_out(
+    fastest: Fastest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_gated, "_does_not_pay", lambda layer, rate: ["it is small"])
+
     best, clock = fastest({"compact, all layers": 0.5}, fold=True)
 
     assert "compact, all layers" == best.name

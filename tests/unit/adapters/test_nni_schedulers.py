@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from nni_prune_ext.adapters import nni_schedulers
 from nni_prune_ext.errors import ConfigError, ModelError, PluginError, TargetError
+from nni_prune_ext.gates import firing_signature
+from nni_prune_ext.methods.ftwt_ratios import FiringSignature
 from nni_prune_ext.pruning import (
     AGPPruner,
+    FiringSignaturePruner,
     L1NormPruner,
     LevelPruner,
     LinearPruner,
@@ -58,8 +61,18 @@ NNIS: dict[str, Inner] = {
 }
 
 
-@pytest.mark.parametrize("inner", [*OURS, *NNIS])
-@pytest.mark.parametrize("name", SCHEDULERS)
+DIVIDING = ("psap_ratio", "ftwt_ratio", "firing_signature")
+"""These divide the total among the layers, to whole channels."""
+SINGLE_WEIGHTS = ("level", "movement", "nni level", "nni movement")
+PAIRS = [
+    (name, inner)
+    for name in SCHEDULERS
+    for inner in (*OURS, *NNIS)
+    if not (name == "firing_signature" and inner in SINGLE_WEIGHTS)  # that is refused
+]
+
+
+@pytest.mark.parametrize(("name", "inner"), PAIRS)
 def test_every_scheduler_around_every_pruner_trains_and_ends_at_the_goal(name: str, inner: str) -> None:
     model = network()
     given = evaluator(model, dummy_input=IMAGE)
@@ -69,7 +82,7 @@ def test_every_scheduler_around_every_pruner_trains_and_ends_at_the_goal(name: s
     returned, masks = pruner.compress(14, None)
 
     assert returned is model
-    if name in ("psap_ratio", "ftwt_ratio"):  # they divide the total among the layers, to whole channels
+    if name in DIVIDING:
         assert 0.75 == pytest.approx(total_share(masks, singly="level" in inner), abs=0.06)
     else:
         assert all(share == pytest.approx(0.75, abs=0.02) for share in shares(masks).values())
@@ -344,6 +357,55 @@ def test_a_ratio_policy_divides_the_total_among_the_groups(
     assert {"conv1": 1 / 8, "conv2": 1 / 16, "fc1": 3 / 32} == previous
 
 
+@pytest.mark.parametrize("inner", ["l1", "nni l1"])
+def test_a_policy_that_looks_at_data_sees_the_whole_model_once_and_divides_the_total(
+    inner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, float]] = []
+    look = FiringSignature.look
+
+    def noted(self: FiringSignature, context: Any) -> dict[str, float]:
+        seen.append(look(self, context))
+        return seen[-1]
+
+    monkeypatch.setattr(FiringSignature, "look", noted)
+    model = network()
+    given = evaluator(model, dummy_input=IMAGE)
+    source = L1NormPruner if inner == "l1" else nni_pruning.L1NormPruner
+    expected = firing_signature(network(), IMAGE, batches(1))
+    pruner = FiringSignaturePruner(source(model, config(0.1), given), 2, 2)
+
+    _, masks = pruner.compress(5, None)
+
+    assert 1 == len(seen), "two updates, one look"
+    assert expected.keys() == seen[0].keys()
+    assert expected["conv1"] == pytest.approx(seen[0]["conv1"], abs=0.15), "the copy has trained on the way"
+    assert seen[0]["conv1"] > seen[0]["fc1"] == 0, "no gate sits behind a linear layer"
+    share = shares(masks)
+    assert share["conv2"] == share["conv3"]
+    assert 0 == share["fc1"]
+    # 0.1 of 8 + 16 + 32 channels are 5.6, all of which the two groups with a signature give
+    factor = 5.6 / (8 * seen[0]["conv1"] + 16 * seen[0]["conv2"])
+    assert factor * seen[0]["conv1"] == pytest.approx(share["conv1"], abs=1 / 8)
+    assert factor * seen[0]["conv2"] == pytest.approx(share["conv2"], abs=1 / 16)
+    assert given.model is None
+
+
+def test_a_dependency_group_has_the_signature_of_its_channels() -> None:
+    found = []
+    for settings in ({}, {"dependency_group_id": "sum"}):
+        entries = [
+            {"op_names": ["conv1"], "sparse_ratio": 0.5},
+            {"op_names": ["conv2", "conv3"], "sparse_ratio": 0.5, **settings},
+        ]
+        model = network()
+        pruner = FiringSignaturePruner(L1NormPruner(model, entries, evaluator(model, dummy_input=IMAGE)), 2, 1)
+        found.append(shares(pruner.compress(2, None)[1]))
+
+    assert found[0] == found[1]
+    assert 0 < found[0]["conv2"] < 1
+
+
 def test_a_ratio_policy_that_cannot_reach_the_total_is_told(registered: Callable[[str, SchedulerSpec], None]) -> None:
     registered(
         "one", SchedulerSpec("ratio_policy", "one", lambda: lambda weights, *_: {n: float("fc1" in n) for n in weights})
@@ -365,6 +427,11 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], Callable[[Any, Any], Any], str]] 
         config(global_group_id=1),
         lambda inner, given: UniformRatioPruner(inner, 2, 2, given),
         "'conv1' has a global_group_id",
+    ),
+    "single weights under a policy that looks at channels": (
+        [{"op_names": ["conv1"], "sparse_ratio": 0.5, "granularity": [1, 1, 3, 3]}],
+        lambda inner, given: FiringSignaturePruner(inner, 2, 2, given),
+        "single weights of 'conv1' are to be masked",
     ),
     "no evaluator": (config(), lambda inner, given: AGPPruner(inner, 2, 2), "neither it nor its L1NormPruner has"),
     "an evaluator of another model": (

@@ -10,6 +10,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from nni_prune_ext.errors import ConfigError, PluginError, TargetError, UnknownPluginError
+from nni_prune_ext.gates import firing_signature
 from nni_prune_ext.scoring.weight_sparsity import weight_sparsity
 from nni_prune_ext.torch_pruning import CertifiedPruner, L2Importance, adapt_ratios
 
@@ -120,6 +121,58 @@ def test_uniform_policy_prunes_as_without_it(model: Chain, x: Tensor) -> None:
     ratios = adapt_ratios(pruner, "uniform_ratio")
 
     assert [0.25] * 3 == pytest.approx(list(ratios.values()))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(8, 3, 8, 8, generator=generator), torch.zeros(8, dtype=torch.int64)) for _ in range(3)]
+
+
+def cooled(layer: nn.Conv2d, count: int) -> None:
+    """Makes some filters so small that no image needs them."""
+    with torch.no_grad():
+        layer.weight[:count] *= 1e-6
+        layer.bias[:count] *= 1e-6
+
+
+@pytest.mark.parametrize("pruner_of", [certified, plain])
+def test_a_policy_that_looks_at_data_removes_in_proportion_to_what_images_do_not_need(
+    pruner_of: Callable[..., tp.pruner.BasePruner], model: Chain, x: Tensor
+) -> None:
+    cooled(model.second, 8)
+    pruner = pruner_of(model, x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    ratios = adapt_ratios(pruner, "firing_signature", batches=batches(), example_inputs=x)
+
+    signature = firing_signature(model, x, batches())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert signature["second"] > 0.35
+    assert 0.25 == pytest.approx(sum(ratios.values()) / 3)
+    for name in ("first", "third"):
+        assert signature[name] / signature["second"] == pytest.approx(ratios[name] / ratios["second"])
+    assert ratios["second"] > ratios["first"]
+
+
+def test_a_policy_that_looks_at_data_looks_at_the_network_as_it_is_at_each_step(model: Chain, x: Tensor) -> None:
+    pruner = certified(model, x)
+    before = adapt_ratios(pruner, "firing_signature", batches=batches(), example_inputs=x)
+    pruner.step()
+    cooled(model.third, model.third.out_channels - 2)
+
+    after = adapt_ratios(pruner, "firing_signature", batches=batches(), example_inputs=x)
+
+    assert before["third"] < 0.4
+    assert after["third"] == max(after.values()) > 0.6
+
+
+@pytest.mark.parametrize("missing", ["batches", "example_inputs"])
+def test_a_policy_that_looks_at_data_is_refused_without(missing: str, model: Chain, x: Tensor) -> None:
+    given = {"batches": batches(), "example_inputs": x}
+    del given[missing]
+
+    with pytest.raises(ConfigError, match=f"'firing_signature' looks at data, but {missing} were not given"):
+        adapt_ratios(certified(model, x), "firing_signature", **given)
 
 
 def test_largest_ratio_is_kept(model: Chain, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.gates import GatedNetwork, estimate_gating, measure_gating, solve_mass
+from nni_prune_ext.gates.blocks import firing_together
 from nni_prune_ext.gates.placement import chosen_places, new_gates
 from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.testing.method_bench import BenchNet, modes_of, traces_on
@@ -95,6 +96,82 @@ def test_estimates_are_those_of_a_slow_loop(applied: bool) -> None:
         assert pytest.approx(float(torch.tensor(each).double().std(correction=0))) == macs.spread
     if applied:
         assert any(own.closed_loop.mean != own.open_loop.mean for own in found if own.closed_loop is not None)
+
+
+class Wide(Tiny):
+    """The same with sixteen filters per layer: four blocks of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3)
+        self.head = nn.Linear(16, 4)
+
+
+def wide() -> Wide:
+    torch.manual_seed(0)
+    return Wide().eval()
+
+
+def opened(maps: Tensor, blocks: Tensor, mass: float) -> Tensor:
+    """Which filters of one image are open if blocks are switched, ``(C,)``, one block after the other."""
+    heat = torch.stack([maps[blocks == k].abs().amax((1, 2)).sum() for k in range(int(blocks.max()) + 1)])
+    chosen = wanted(heat[:, None, None], mass)
+    return torch.tensor([int(block) in chosen for block in blocks])
+
+
+def block_macs_by_hand(model: Wide, mass: float, size: int) -> list[int]:
+    """MACs of every image with blocks by their firing at this mass and targets applied: 4 × 4 and 2 × 2 pixels."""
+    images = torch.cat([own for own, _ in batches()])
+    first = torch.relu(model.norm(model.one(images)))
+    second = torch.relu(model.two(first))
+    blocks = [
+        firing_together(torch.tensor([[k in wanted(own, mass) for k in range(16)] for own in maps]), size)
+        for maps in (first, second)
+    ]
+    result = []
+    for own in first:
+        one = opened(own, blocks[0], mass)
+        two = opened(torch.relu(model.two((own * one[:, None, None])[None]))[0], blocks[1], mass)
+        n, m, units = int(one.sum()), int(two.sum()), 16 // size
+        result.append(9 * (16 * 3 * n + 4 * n * m) + 4 * m + 3 * units + 16 * units)
+    return result
+
+
+@torch.no_grad()
+def test_estimates_with_blocks_are_those_of_a_slow_loop() -> None:
+    model = wide()
+
+    found = estimate_gating(model, EXAMPLE, batches(), masses=GRID, block=4)
+    single = estimate_gating(model, EXAMPLE, batches(), masses=GRID)
+
+    for own, alone in zip(found, single):
+        each = block_macs_by_hand(model, own.mass, 4)
+        assert own.closed_loop is not None
+        assert alone.closed_loop is not None
+        assert pytest.approx(sum(each) / 12) == own.closed_loop.mean
+        assert (min(each), max(each)) == (own.closed_loop.smallest, own.closed_loop.largest)
+        assert (3 + 16) * 4 == own.closed_loop.heads == own.open_loop.heads
+        assert alone.closed_loop.mean != own.closed_loop.mean
+    assert any(own.closed_loop.mean != own.open_loop.mean for own in found if own.closed_loop is not None)
+
+
+def test_a_mass_for_blocks_brings_their_macs_to_the_share() -> None:
+    model = wide()
+
+    mass = solve_mass(model, EXAMPLE, batches(), 0.5, block=4)
+
+    assert mass != solve_mass(model, EXAMPLE, batches(), 0.5)
+    (found,) = estimate_gating(model, EXAMPLE, batches(), masses=[mass], block=4)
+    assert found.closed_loop is not None
+    assert 0.5 == pytest.approx(found.closed_loop.share, abs=0.1), "blocks by this mass, not by that of single filters"
+
+
+@pytest.mark.parametrize("block", [0, 2, 32])
+def test_other_blocks_are_refused(block: int) -> None:
+    with pytest.raises(ConfigError, match=f"The block is {block}, expected one of 1, 4, 8, 16"):
+        estimate_gating(tiny(), EXAMPLE, batches(), block=block)
+    with pytest.raises(ConfigError, match=f"The block is {block}"):
+        solve_mass(tiny(), EXAMPLE, batches(), 0.5, block=block)
 
 
 def test_more_mass_costs_more() -> None:

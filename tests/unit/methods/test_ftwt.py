@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from nni_prune_ext.deployment import load_gated, write_artefacts
 from nni_prune_ext.errors import CertificateError, ConfigError
 from nni_prune_ext.export.manifest import MethodUse
 from nni_prune_ext.gates import GatedNetwork
-from nni_prune_ext.gates.estimates import solve_mass
+from nni_prune_ext.gates.blocks import BLOCKS
+from nni_prune_ext.gates.estimates import estimate_gating, solve_mass
 from nni_prune_ext.gates.heads import GateHead
 from nni_prune_ext.methods.base import Batch, MethodContext, Outcome, Phase
 from nni_prune_ext.methods.ftwt import FTWT, Ftwt
@@ -274,15 +276,35 @@ def test_a_static_selection_takes_the_hottest_filters_on_average() -> None:
 # -- expected MACs -----------------------------------------------------------------------------------------------------
 
 
-def test_expected_macs_are_solved_for_before_training() -> None:
-    method, run = spied(expected_macs=0.5), bench_run()
+@pytest.mark.parametrize("block", [1, 4])
+def test_expected_macs_are_solved_for_before_training(block: int) -> None:
+    method, run = spied(expected_macs=0.5, block=block), bench_run()
 
     outcome = drive(method, run)
 
     fresh = bench_run()
-    mass = solve_mass(fresh.model, fresh.example_inputs, fresh.batches(2), 0.5)
+    mass = solve_mass(fresh.model, fresh.example_inputs, fresh.batches(2), 0.5, block=block)
     assert mass == method.mass == outcome.facts["mass"]
     assert 0.4 < outcome.facts["predicted_macs_share"] <= 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"block": 4}, {"block": 4, "targets": "uniform", "mass": 0.4}])
+def test_what_gates_save_is_foreseen_as_the_estimate_says(options: dict[str, object]) -> None:
+    method, run = spied(**{"mass": 0.7, **options}), bench_run()
+
+    outcome = drive(method, run)
+
+    own, fresh = method.options, bench_run()
+    (estimate,) = estimate_gating(
+        fresh.model,
+        fresh.example_inputs,
+        fresh.batches(2),
+        masses=[own.mass],
+        uniform=own.targets == "uniform",
+        block=own.block,
+    )
+    assert estimate.closed_loop.share == outcome.facts["predicted_macs_share"]
+    assert estimate.closed_loop.official_share == outcome.facts["predicted_official_macs_share"]
 
 
 def test_expected_macs_out_of_reach_are_refused_with_what_is_possible() -> None:
@@ -736,3 +758,7 @@ def test_heads_that_have_not_learnt_yet_are_foreseen_with_their_costs(softmax: b
     }
 
     assert shares[True] == pytest.approx(shares[softmax])
+
+
+def test_the_choices_of_blocks_are_those_of_an_estimate() -> None:
+    assert BLOCKS == get_args(FtwtOptions.model_fields["block"].annotation)

@@ -187,5 +187,5 @@ def test_choices_of_the_baselines_come_from_the_registry() -> None:
     assert ("agp", "asfp", "cosine", "linear", "one_shot", "rewinding") == tuple(
         sorted(str(c) for c in found["schedule"].choices or ())
     )
-    assert ("ftwt_ratio", "psap_ratio", "uniform_ratio", None) == found["ratio_policy"].choices
+    assert ("firing_signature", "ftwt_ratio", "psap_ratio", "uniform_ratio", None) == found["ratio_policy"].choices
     assert not {"uniform_ratio", "replace"} & set(found["schedule"].choices or ())
