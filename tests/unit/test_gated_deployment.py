@@ -381,7 +381,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
         *gated_variants(result, 1.5, OPTIONS),
         Variant("ftwt", result.model, result, 1.5, OPTIONS),
     ]
-    rows, latency = compare_variants(
+    rows, latency, _ = compare_variants(
         variants, folder, EXAMPLE, test_batches=batches(2, seed=9), measurement=Measurement(2, 0)
     )
     return Run(folder, dense, result, {row.name: row for row in rows}, latency)
@@ -488,7 +488,7 @@ def test_a_result_without_gates_has_no_gated_variants() -> None:
 def test_without_test_images_a_gated_row_does_not_claim_to_be_a_mean(done: Run, tmp_path: Path) -> None:
     variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)[:1]]
 
-    rows, latency = compare_variants(variants, tmp_path / "out", EXAMPLE, measurement=None)
+    rows, latency, _ = compare_variants(variants, tmp_path / "out", EXAMPLE, measurement=None)
 
     assert latency is None
     assert [None, None] == [row.top1 for row in rows]
@@ -503,7 +503,7 @@ def test_a_flavour_that_cannot_be_written_costs_its_row_and_not_the_run(
     variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)]
     settings = {"test_batches": batches(1), "progress": told.append, "measurement": Measurement(1, 0)}
 
-    rows, latency = compare_variants(variants, tmp_path / "out", EXAMPLE, **settings)
+    rows, latency, _ = compare_variants(variants, tmp_path / "out", EXAMPLE, **settings)
 
     assert ["dense", "ftwt-mask"] == [row.name for row in rows]
     assert latency is not None
@@ -516,7 +516,7 @@ def test_macs_of_all_rows_are_those_of_one_image_whatever_the_example(done: Run,
     variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)[:1]]
     given = batches(2, seed=9)
 
-    rows, _ = compare_variants(
+    rows, *_ = compare_variants(
         variants, tmp_path / "out", EXAMPLE.expand(2, -1, -1, -1), test_batches=given, measurement=None
     )
 

@@ -8,7 +8,8 @@ import pytest
 from sample_reports import sample
 
 from nni_prune_ext.report import RunReport
-from nni_prune_ext.report.verdicts import gate_verdicts, verdicts
+from nni_prune_ext.report.gate_verdicts import gate_verdicts
+from nni_prune_ext.report.verdicts import verdicts
 
 
 def report(**facts: float) -> RunReport:
