@@ -50,8 +50,8 @@ def _firing(layers: Sequence[GateLayerFacts], *, name: str) -> str:
                 width = 100 * count / layer.filters if layer.filters else 0.0
                 axes.barh(row, width, left=start, height=0.62, color=colour)
                 start += width
-            axes.text(105, row, " / ".join(map(str, counts)), va="center", size=FONT, color=INK)
-        _finish(axes, layers, most=100, ticks=((0, "0"), (50, "50"), (100, "100 %")))
+        numbers = [f"{layer.always} / {layer.varying} / {layer.never}" for layer in layers]
+        _finish(axes, layers, numbers, most=100, ticks=((0, "0"), (50, "50"), (100, "100 %")))
         handles = [Patch(color=colour, label=label) for label, colour in kinds]
         figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=FONT, frameon=False)
         varying = sum(layer.varying for layer in layers)
@@ -70,8 +70,8 @@ def _break_even(layers: Sequence[tuple[GateLayerFacts, bool]], *, name: str) -> 
             face = SERIES[0] if gathered else PAPER
             axes.barh(row, layer.rate, height=0.62, color=face, edgecolor=SERIES[0], linewidth=1.2)
             axes.plot([bound, bound], [row - 0.45, row + 0.45], color=INK, linewidth=2, solid_capstyle="butt")
-            axes.text(1.05, row, f"{layer.rate:.2f} / {bound:.2f}", va="center", size=FONT, color=INK)
-        _finish(axes, [layer for layer, _ in layers], most=1, ticks=((0, "0"), (0.5, "0.5"), (1, "1")))
+        numbers = [f"{layer.rate:.2f} / {layer.break_even or 0.0:.2f}" for layer, _ in layers]
+        _finish(axes, [layer for layer, _ in layers], numbers, most=1, ticks=((0, "0"), (0.5, "0.5"), (1, "1")))
         handles = [
             Patch(facecolor=SERIES[0], edgecolor=SERIES[0], label="firing, gathered"),
             Patch(facecolor=PAPER, edgecolor=SERIES[0], label="firing, not gathered"),
@@ -83,11 +83,21 @@ def _break_even(layers: Sequence[tuple[GateLayerFacts, bool]], *, name: str) -> 
         return as_svg(figure, name=name, description=described)
 
 
-def _finish(axes: Axes, layers: Sequence[GateLayerFacts], *, most: float, ticks: Sequence[tuple[float, str]]) -> None:
-    """Names the rows, and leaves room for the numbers beside them."""
-    axes.set_yticks(range(len(layers)), [elided(layer.layer, 22) for layer in layers], size=FONT)
+def _finish(
+    axes: Axes,
+    layers: Sequence[GateLayerFacts],
+    numbers: Sequence[str],
+    *,
+    most: float,
+    ticks: Sequence[tuple[float, str]],
+) -> None:
+    """Names the rows on the left, and writes their numbers on the right."""
+    axes.set_yticks(range(len(layers)), [elided(layer.layer, 20) for layer in layers], size=FONT)
     axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_xlim(0, 1.62 * most)
+    axes.set_xlim(0, 1.02 * most)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(layers)), numbers, size=FONT, color=INK)
+    right.spines[:].set_visible(False)
     axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks], size=FONT)
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)

@@ -10,8 +10,8 @@ from nni_prune_ext.report.gate_charts import break_even_charts, firing_charts
 from nni_prune_ext.report.gate_facts import GatedFileFacts, GateLayerFacts, GateMacsFacts, GatingFacts
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell
 
-_FIRING = "How filters fire. Numbers: always / for some images / never"
-_BREAK_EVEN = "Firing beside break-even. Numbers: firing rate / break-even rate"
+_FIRING = "Filters that run always / for some images / never"
+_BREAK_EVEN = "Firing rate / break-even rate, layer by layer"
 _ENTROPY = (
     "Entropy: of a filter's being open, mean over the filters; 0 means the same for every image, 1 a coin toss. "
     "Break-even: the firing rate below which computing the open filters only is faster, measured once on one kind of "
@@ -54,8 +54,8 @@ def _lead(report: RunReport, own: GatingFacts) -> str:
     )
     return (
         f"Measured on {own.images:,} {own.data or 'images'} (data: {report.data or 'unknown'}). Of {filters:,} filters "
-        f"in {len(own.layers)} gated layers, {always:,} run always, {never:,} never, and {varying:,} for some images "
-        "only."
+        f"in {len(own.layers)} gated layers, {always:,} run always, {never:,} never, and {varying:,} vary: they "
+        "run for some images only."
     )
 
 
@@ -79,11 +79,11 @@ def _mean(value: float, dense: float) -> list[Cell]:
 
 def _layers(own: GatingFacts) -> Table:
     compact = [file for file in own.files if file.flavour == "compact"]
-    headings = ("filters", "units", "always", "for some", "never", "firing rate", "entropy (bits)", "break-even")
+    headings = ("filters", "units", "always", "varying", "never", "firing rate", "entropy (bits)", "break-even")
     columns = [Column("layer", numeric=False), *map(Column, headings)]
     columns += [Column(f"in {file.name}", numeric=False, wraps=True) for file in compact]
     rows = [[*_layer_cells(layer), *(_fate(file, layer.layer) for file in compact)] for layer in own.layers]
-    return Table("Gated layers", columns, [Group(rows)], note=_ENTROPY)
+    return Table("Gated layers", columns, [Group(rows)], note=_ENTROPY, folded=len(rows) > 25)
 
 
 def _layer_cells(layer: GateLayerFacts) -> list[Cell]:
