@@ -492,8 +492,8 @@ def test_both_files_say_how_their_masks_agree_and_which_layers_are_gathered(done
     assert ["ftwt-mask", "ftwt-compact"] == [file.name for file in done.gating.files]
     for file in done.gating.files:
         assert file.agreement is not None
-        assert (32, 32, 1.0) == (file.agreement.images, file.agreement.compared, file.agreement.agreement)
-        assert 32 * sum(layer.units for layer in done.gating.layers) == file.agreement.bits
+        assert (16, 16, 1.0) == (file.agreement.images, file.agreement.compared, file.agreement.agreement)
+        assert 16 * sum(layer.units for layer in done.gating.layers) == file.agreement.bits
         assert done.rows[file.name].parity == file.agreement.max_rel
         assert done.rows[file.name].parity_limit == file.agreement.fail
         found = properties_of(done.folder / file.name / "model.onnx")
