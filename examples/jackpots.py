@@ -69,7 +69,7 @@ def main() -> None:
         fitted(model, job, "base", arguments.base_epochs, job.settings(arguments.base_rate, 5e-4))
     variants = [Variant("dense", model), trained_longer(model, job)]
     variants += [searched(model, job, "search", "none"), *controls(model, job)]
-    rows, latency = compare_variants(
+    rows, latency, _ = compare_variants(
         variants,
         Path(arguments.out),
         job.example,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from pydantic import JsonValue
@@ -35,13 +35,15 @@ from nni_prune_ext.export.artefact_writing import write_artefacts as write_artef
 from nni_prune_ext.export.earlier_run import check_replaceable, remove_artefacts, remove_earlier_run
 from nni_prune_ext.export.manifest import MethodUse
 from nni_prune_ext.export.manifest import add_parts as add_parts
-from nni_prune_ext.export.onnx_gated import Flavour
+from nni_prune_ext.export.onnx_gated import Flavour, GatedExport
 from nni_prune_ext.export.parity import FAIL
-from nni_prune_ext.gates import GatedNetwork, measure_gating
+from nni_prune_ext.gates import GatedNetwork, MeasuredGating
+from nni_prune_ext.gating_facts import GatingRecord
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
+from nni_prune_ext.report.gate_facts import GatingFacts
 from nni_prune_ext.report.pictures import png_text
 from nni_prune_ext.runtimes.base import Array, InferenceRuntime, RunnableModel
 from nni_prune_ext.training import Batches, accuracy
@@ -141,6 +143,20 @@ class Measurement:
     min_seconds: float = 2.0
 
 
+class Comparison(NamedTuple):
+    """Networks side by side.
+
+    Attributes:
+        rows: one per variant; none for a gated network that cannot be written in its flavour.
+        latency: the measurement behind the rows, if there is one.
+        gating: one entry per gated network, also about rows that are missing.
+    """
+
+    rows: list[Row]
+    latency: LatencyReport | None
+    gating: tuple[GatingFacts, ...]
+
+
 def compare_variants(
     variants: Sequence[Variant],
     folder: Path,
@@ -153,7 +169,7 @@ def compare_variants(
     spec: ModelSpec | None = None,
     overwrite: bool = True,
     measurement: Measurement | None = Measurement(),
-) -> tuple[list[Row], LatencyReport | None]:
+) -> Comparison:
     """Writes the artefacts of every variant and measures all side by side; the first one is the dense reference.
 
     On an error the folder is as it was before. A pruned network may differ from PyTorch by up to twice as much as the
@@ -169,10 +185,6 @@ def compare_variants(
         overwrite: replace an earlier run in the folder; otherwise the folder must be empty.
         measurement: how long latency is measured; ``None`` measures none.
 
-    Returns:
-        one row per variant (none for a gated network that cannot be written in its flavour; ``progress`` is told why),
-        and the latency measurement behind it, if there is one.
-
     Raises:
         OutputError, ExportError: see ``write_artefacts``.
     """
@@ -183,10 +195,12 @@ def compare_variants(
     images = None if test_batches is None or given_inputs is not None else next(iter(test_batches))[0]
     given = [given_inputs] if given_inputs is not None else None if images is None else [images[:16]]
     rows: list[Row] = []
+    gates = GatingRecord(variants[0].model, _image_batches(test_batches))
     with complete_or_absent(folder) as draft:
         for variant in variants:
             tell(f"exporting and checking {variant.name}")
             fail = _parity_limit(variant, rows)
+            gated = _measured(gates, variant)
             more = given if variant.flavour is None or images is None else [images[:64]]
             try:
                 files = _write_variant(variant, draft, example_inputs, given_inputs=more, spec=spec, fail=fail)
@@ -194,12 +208,17 @@ def compare_variants(
                 if variant.flavour is None:
                     raise
                 tell(f"no row {variant.name}: {error}")  # the static network is worth having all the same
+                gates.failed(_network(variant), variant.name, str(error))
                 continue
+            if isinstance(files.export, GatedExport):
+                gates.written(_network(variant), variant.name, files.export)
             row = replace(_row(variant, files, example_inputs, control=bool(rows)), parity_limit=fail)
             if row.parity is not None:
                 tell(f"largest relative difference to PyTorch {row.parity:.1e}, at most {fail:.1e} allowed")
             if test_batches is not None:
-                row = _with_accuracy(row, variant, files.onnx, test_batches, metric, example_inputs)
+                row = _with_accuracy(row, variant, files.onnx, test_batches, metric)
+            if gated is not None and gates.batches is not None:
+                row = _with_expected_macs(row, gated, example_inputs)
             rows.append(row)
         latency = None
         if measurement is not None:
@@ -213,7 +232,7 @@ def compare_variants(
         remove_earlier_run(folder)
         for variant in variants:  # those that no report names
             remove_artefacts(folder / variant.name)
-    return rows if latency is None else _with_latency(rows, latency), latency
+    return Comparison(rows if latency is None else _with_latency(rows, latency), latency, gates.facts())
 
 
 def _single_images(images: Tensor) -> list[list[Array]]:
@@ -280,26 +299,32 @@ def _origin(variant: Variant) -> dict[str, str]:
     }
 
 
-def _with_accuracy(
-    row: Row, variant: Variant, onnx: Path, batches: Batches, metric: Metric | None, example_inputs: ExampleInputs
-) -> Row:
+def _with_accuracy(row: Row, variant: Variant, onnx: Path, batches: Batches, metric: Metric | None) -> Row:
     measure = metric or accuracy
     plain, single = variant.result is not None and variant.flavour is None, variant.flavour == "compact"
-    row = replace(
+    return replace(
         row,
         top1_removed=measure(variant.result.removed_only, batches) if plain and variant.result else None,
         top1=measure(variant.model, batches),
         top1_onnx=onnx_accuracy(onnx, batches, single=single) if metric is None and _are_images(batches) else None,
     )
-    gated = isinstance(variant.model, GatedNetwork) and _are_images(batches)
-    return _with_expected_macs(row, variant, batches, example_inputs) if gated else row
 
 
-def _with_expected_macs(row: Row, variant: Variant, batches: Batches, example_inputs: ExampleInputs) -> Row:
+def _network(variant: Variant) -> str:
+    """Returns which network this is, whatever its flavour: the row without gates is called like the method."""
+    return variant.result.method if variant.result else variant.name
+
+
+def _measured(gates: GatingRecord, variant: Variant) -> MeasuredGating | None:
+    """Measures the gates of a gated network, once for all of its flavours."""
+    if variant.flavour is None or not isinstance(variant.model, GatedNetwork):
+        return None
+    return gates.measured(_network(variant), variant.model, variant.result.outcome.gating if variant.result else None)
+
+
+def _with_expected_macs(row: Row, measured: MeasuredGating, example_inputs: ExampleInputs) -> Row:
     """Puts in the mean over the test images in the place of the MACs of the static network, for as many as all rows."""
-    assert isinstance(variant.model, GatedNetwork)
-    example = next(tensors_in(next(iter(batches))))[:1]
-    expected, _ = measure_gating(variant.model, example, batches)
+    expected, _ = measured
     note = f"expected MACs: mean over {expected.images} test images, standard deviation {expected.spread:.4g}"
     return replace(row, macs=round(expected.mean * len(next(tensors_in(example_inputs)))), asked=note)
 
@@ -308,6 +333,10 @@ def _are_images(batches: Batches) -> bool:
     """Says whether batches are pairs of tensors, which a runtime can be given."""
     first = next(iter(apart(batches)), None)
     return isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(part, Tensor) for part in first)
+
+
+def _image_batches(batches: Batches | None) -> Batches | None:
+    return batches if batches is not None and _are_images(batches) else None
 
 
 def _row(variant: Variant, artefacts: Artefacts, example_inputs: ExampleInputs, *, control: bool) -> Row:

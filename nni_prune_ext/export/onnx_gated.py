@@ -14,7 +14,7 @@ function, that of ``network.without(layers)``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,7 @@ class GatedExport:
         parity: the comparison with that network; ``None`` without images.
         limits: what this flavour cannot do.
         size_bytes: of the file.
+        break_even: gated layers whose open filters alone can be computed → the firing rate below which that is faster.
     """
 
     path: Path
@@ -77,6 +78,7 @@ class GatedExport:
     parity: GatedParity | None
     limits: str
     size_bytes: int
+    break_even: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_gated(
@@ -160,7 +162,8 @@ def export_gated(
         _require(parity)
     masked = {} if fold else left_out
     size = published(graph, Path(path), network)
-    return GatedExport(Path(path), flavour, chosen, masked, folded, network, parity, limits, size)
+    bounds = {own.name: break_even(own) for own in layers if own.can_gather}
+    return GatedExport(Path(path), flavour, chosen, masked, folded, network, parity, limits, size, bounds)
 
 
 def _check(

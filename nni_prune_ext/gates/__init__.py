@@ -1,6 +1,7 @@
 """Gates that switch channels per input: heads that predict masks, their targets, and what they save."""
 
 from nni_prune_ext.gates.estimates import GatingEstimate as GatingEstimate
+from nni_prune_ext.gates.estimates import MeasuredGating as MeasuredGating
 from nni_prune_ext.gates.estimates import estimate_gating as estimate_gating
 from nni_prune_ext.gates.estimates import measure_gating as measure_gating
 from nni_prune_ext.gates.estimates import solve_mass as solve_mass

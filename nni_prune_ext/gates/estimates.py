@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from nni_prune_ext.inputs import ExampleInputs
 
 Run = Callable[[Any], object]
 """Runs the network on one batch."""
+MeasuredGating: TypeAlias = tuple[ExpectedMacs, Mapping[str, LayerFiring]]
+"""What a gated network costs over a set of images, and layer → how its filters fire."""
 
 _NO_BATCH = "There is no batch, expected some hundred images. Pass batches of (images, labels)."
 MASSES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)

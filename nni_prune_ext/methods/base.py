@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nni_prune_ext.allocation import Allocation, Limits
+from nni_prune_ext.gates import MeasuredGating
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.plan import PruningPlan
@@ -63,6 +64,8 @@ class Outcome:
             model that the context holds at the end: a method cuts first (``context.apply``) and leaves ``plan`` empty.
         facts: numbers worth a line in the report.
         pictures: what each shows → ``(C, H, W)`` uint8 with 1 or 3 channels, for the report.
+        gating: what the gated model costs and how its filters fire on the images that the method calibrated on; a
+            report without test images shows it.
     """
 
     plan: PruningPlan
@@ -70,6 +73,7 @@ class Outcome:
     gated_model: nn.Module | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    gating: MeasuredGating | None = None
 
 
 class MethodContext(Protocol):

@@ -167,6 +167,7 @@ class Ftwt(PruningMethod):
             gated_model=gated,
             facts=facts,
             pictures={caption: firing_picture(firing)},
+            gating=(expected, firing),
         )
 
     def state_dict(self) -> tuple[dict[str, Tensor], JsonState]:

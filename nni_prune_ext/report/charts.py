@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nni_prune_ext.report import number_text
 from nni_prune_ext.report.facts import EpochFacts, WidthFacts
@@ -17,6 +17,7 @@ from nni_prune_ext.report.svg import FONT, GRID, INK, MUTED, PAPER, SERIES, TRAC
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_Row = TypeVar("_Row")
 WIDTH = 350
 """Of every chart, in SVG units: no wider than a phone, so that letters keep their size there; a desk scales it up."""
 MARKERS: Mapping[Kind, str] = {"dense": "o", "control": "D", "gated": "^", "pruned": "s"}
@@ -79,11 +80,24 @@ def scatter(networks: Sequence[Network], *, axis: str, name: str, metric: str = 
 
 def width_charts(widths: Sequence[WidthFacts], *, name: str, of: str = "channels") -> list[str]:
     """Returns the share of channels (or weights) that every layer keeps, in charts of at most so many layers each."""
-    num_charts = math.ceil(len(widths) / LAYERS_PER_CHART)
-    size = math.ceil(len(widths) / max(num_charts, 1))
-    widths = _without_shared_prefix(widths)
-    parts = [widths[start : start + size] for start in range(0, len(widths), size)] if widths else []
-    return [_width_chart(part, name=f"{name}-{number}", of=of) for number, part in enumerate(parts)]
+    names = short_names([width.layer for width in widths])
+    shown = [width.model_copy(update={"layer": short}) for width, short in zip(widths, names)]
+    return [_width_chart(part, name=f"{name}-{number}", of=of) for number, part in enumerate(in_parts(shown))]
+
+
+def in_parts(rows: Sequence[_Row]) -> list[Sequence[_Row]]:
+    """Returns the rows of a long bar chart in parts of about the same length, one per chart."""
+    num_charts = math.ceil(len(rows) / LAYERS_PER_CHART)
+    size = math.ceil(len(rows) / max(num_charts, 1))
+    return [rows[start : start + size] for start in range(0, len(rows), size)] if rows else []
+
+
+def short_names(layers: Sequence[str]) -> list[str]:
+    """Returns the names of layers without the modules that hold all of them."""
+    modules = [layer.split(".")[:-1] for layer in layers]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules))
+    shared = len(list(same)) if len(modules) > 1 else 0
+    return [".".join(layer.split(".")[shared:]) for layer in layers]
 
 
 def training_curve(epochs: Sequence[EpochFacts], *, stage: str, name: str) -> str | None:
@@ -144,14 +158,6 @@ def note_families(notes: Sequence[Mapping[str, float | None]]) -> dict[str, list
     for key in dict.fromkeys(key for note in notes for key in note if key != "progress"):
         families.setdefault(key.partition("/")[0], []).append(key)
     return families
-
-
-def _without_shared_prefix(widths: Sequence[WidthFacts]) -> Sequence[WidthFacts]:
-    """Returns the widths under names without the modules that hold all of the layers."""
-    modules = [width.layer.split(".")[:-1] for width in widths]
-    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*modules))
-    shared = len(list(same)) if len(modules) > 1 else 0
-    return [width.model_copy(update={"layer": ".".join(width.layer.split(".")[shared:])}) for width in widths]
 
 
 def _width_chart(widths: Sequence[WidthFacts], *, name: str, of: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nni_prune_ext.errors import ArtefactError
 from nni_prune_ext.report import number_text
+from nni_prune_ext.report.gate_facts import GatingFacts
 from nni_prune_ext.report.rows import Kind, Row
 from nni_prune_ext.text_files import write_text
 
@@ -122,6 +123,7 @@ class RunReport(_Facts):
         curves: finished epochs by stage, for example ``l1`` and ``dense-trained-longer``.
         notes: numbers that the method logged, each with its ``progress`` (0–1).
         pictures: what each shows → PNG in base64.
+        gating: one entry per network whose filters are switched per input; empty in reports of versions before it.
         metric: what the accuracy columns hold, as ``module:function``; ``None`` for top-1 accuracy.
         folder: where the report was read from; not written.
     """
@@ -154,6 +156,7 @@ class RunReport(_Facts):
     curves: dict[str, tuple[EpochFacts, ...]] = {}
     notes: tuple[dict[str, float | None], ...] = ()
     pictures: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]] = {}
+    gating: tuple[GatingFacts, ...] = ()
     metric: str | None = None
     folder: Path | None = Field(default=None, exclude=True)
 

@@ -8,6 +8,7 @@ from itertools import groupby
 from nni_prune_ext.report import charts, number_text
 from nni_prune_ext.report.accuracy_charts import accuracy_section
 from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport, WidthFacts
+from nni_prune_ext.report.gates import gates_sections
 from nni_prune_ext.report.network_tables import before_after, has_gated, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
 from nni_prune_ext.report.pictures import pictures_section
@@ -41,6 +42,7 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     yield _latency(report)
     if report.masked:
         yield _masks(report, name)
+    yield from gates_sections(report, name=name)
     yield _widths(report, name)
     yield _curves(report, name)
     if report.notes:

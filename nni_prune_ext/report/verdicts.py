@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from nni_prune_ext.report import number_text
 from nni_prune_ext.report.facts import RunReport, TargetFacts
+from nni_prune_ext.report.gate_verdicts import gate_verdicts
 from nni_prune_ext.report.page_parts import Figure, Verdict
 from nni_prune_ext.report.rows import Row
 
@@ -26,23 +27,6 @@ def verdicts(report: RunReport) -> list[Verdict]:
     if not targets:
         targets = [Verdict("", "No target was asked for.")]
     return [*targets, *gate_verdicts(report), certificate_verdict(report), parity_verdict(report)]
-
-
-def gate_verdicts(report: RunReport) -> list[Verdict]:
-    """Says what per-input gates missed: the MACs that were asked for, or any difference between images."""
-    asked, real = report.facts.get("expected_macs_asked"), report.facts.get("expected_macs_share")
-    found = []
-    if asked is not None and real is not None:
-        missed = real - asked > _GATES_MAY_MISS
-        text = f"Gates leave {real:.1%} of the dense MACs on training images, {asked:.1%} were asked for"
-        found.append(Verdict("bad", f"{text}: MISSED.") if missed else Verdict("good", f"{text}."))
-    if report.facts.get("filters_varying") == 0:
-        found.append(Verdict("bad", "No filter is switched per image: all gates are constant."))
-    return found
-
-
-_GATES_MAY_MISS = 0.05
-"""By how much expected MACs may lie above what was asked for, as a share of the dense MACs."""
 
 
 def is_met(target: TargetFacts) -> bool | None:

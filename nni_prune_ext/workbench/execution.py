@@ -282,7 +282,7 @@ def _delivered(
     for variant in made.variants:
         variant.model.cpu()
     (out / RECIPE).unlink(missing_ok=True)  # it is written last and says that the run is whole
-    rows, latency = compare_variants(
+    rows, latency, gating = compare_variants(
         made.variants,
         out,
         prepared.job.example,
@@ -296,7 +296,7 @@ def _delivered(
     if evaluate is not None:
         models = {variant.name: variant.model for variant in made.variants}
         rows = [replace(row, validation=evaluate(models[row.name])) for row in rows]
-    facts = run_facts(prepared, made.result, latency, curves=made.curves, networks=made.variants)
+    facts = run_facts(prepared, made.result, latency, curves=made.curves, networks=made.variants, gating=gating)
     report = write_run(out, recipe, rows, {**facts, "identity": dict(identity)})
     return RunResult(
         folder=out,

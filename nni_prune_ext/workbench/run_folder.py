@@ -14,6 +14,7 @@ from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.recipes import Recipe
 from nni_prune_ext.report import Row, RunReport, write_html, write_report
+from nni_prune_ext.report.gate_facts import GatingFacts
 from nni_prune_ext.text_files import write_text
 from nni_prune_ext.training import EpochLog
 from nni_prune_ext.workbench.preparation import Prepared
@@ -28,6 +29,7 @@ def run_facts(
     *,
     curves: Mapping[str, Sequence[EpochLog]],
     networks: Sequence[Variant],
+    gating: Sequence[GatingFacts] = (),
 ) -> dict[str, object]:
     """Returns everything a report says beside its rows."""
     recipe = prepared.recipe
@@ -51,7 +53,7 @@ def run_facts(
     if result is not None:
         own = {key: value for key, value in result_facts(result).items() if key != "epochs"}  # they are in the curves
         facts.update(own, widths=_widths(networks[0], result), notes=[dict(note) for note in result.notes])
-        facts.update(masked=_masked(result))
+        facts.update(masked=_masked(result), gating=[own.model_dump(mode="json") for own in gating])
     return facts
 
 

@@ -6,6 +6,7 @@ The slow exporter runs once per network; whoever asks again gets the same graph 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from nni_prune_ext.export.provenance import state_dict_sha256
 from nni_prune_ext.gates import GatedNetwork
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.methods.ftwt import FTWT
+from nni_prune_ext.report import RunReport
 
 MODULE = """
 from torch import nn
@@ -406,3 +408,23 @@ def test_a_gated_network_of_another_method_is_refused(
     assert said in err
     assert "" == out
     assert ["other"] == [path.name for path in folder.iterdir()]
+
+
+def test_the_report_of_a_run_says_how_its_gates_fire_and_came_out(run: Path) -> None:
+    report = RunReport.load(run / "run")
+    network = load_gated(sys.modules["tiny_for_gates"].build(), run / "run" / "ftwt").eval()
+    tests = torch.cat([images for images, _ in split_batches(sys.modules["tiny_for_gates"].images(), "test", 64)])
+    with torch.no_grad():
+        network(tests)
+
+    [own] = report.gating
+
+    assert ("ftwt", "test images", len(tests)) == (own.network, own.data, own.images)
+    expected = {layer: float(opened.float().mean()) for layer, opened in network.gates.open_channels().items()}
+    assert expected == pytest.approx({layer.layer: layer.rate for layer in own.layers})
+    assert ["ftwt-mask", "ftwt-compact"] == [file.name for file in own.files]
+    text = (run / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"Measured on {len(tests)} test images (data: {DATA})" in re.sub("<wbr>", "", text)
+    assert "No layer of ftwt-compact gains from its gate" in text
+    copy = RunReport.load(run / "run" / "ftwt")
+    assert report.gating == copy.gating

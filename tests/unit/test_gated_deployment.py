@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nni_prune_ext import gated_deployment
+from nni_prune_ext import gated_deployment, gating_facts
 from nni_prune_ext.deployment import (
     Measurement,
     Variant,
@@ -36,6 +36,7 @@ from nni_prune_ext.gates.placement import chosen_places, new_gates
 from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.pipeline import PruneResult, prune
 from nni_prune_ext.report import Row, RunReport, write_html, write_report
+from nni_prune_ext.report.gate_facts import GatingFacts
 from nni_prune_ext.runtimes.base import Array, RunnableModel
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -403,6 +404,7 @@ class Run:
     result: PruneResult
     rows: Mapping[str, Row]
     latency: LatencyReport | None
+    gating: GatingFacts
 
     @property
     def gated(self) -> GatedNetwork:
@@ -421,10 +423,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
         *gated_variants(result, 1.5, OPTIONS),
         Variant("ftwt", result.model, result, 1.5, OPTIONS),
     ]
-    rows, latency = compare_variants(
+    rows, latency, [gating] = compare_variants(
         variants, folder, EXAMPLE, test_batches=batches(2, seed=9), measurement=Measurement(2, 0)
     )
-    return Run(folder, dense, result, {row.name: row for row in rows}, latency)
+    return Run(folder, dense, result, {row.name: row for row in rows}, latency, gating)
 
 
 def macs_by_hand(network: GatedNetwork, images: Tensor) -> float:
@@ -493,6 +495,56 @@ def test_the_file_in_an_artefact_folder_computes_the_gated_network(flavour: str,
     assert ("ftwt", f"ftwt-{flavour}") == (properties_of(path)["method"], properties_of(path)["variant"])
 
 
+def test_firing_is_counted_over_the_test_images(done: Run) -> None:
+    images, gated = torch.cat([images for images, _ in batches(2, seed=9)]), done.gated
+    with torch.no_grad():
+        gated(images)
+
+    assert ("ftwt", "test images", 32) == (done.gating.network, done.gating.data, done.gating.images)
+    assert list(gated.gates.open_channels()) == [layer.layer for layer in done.gating.layers]
+    for layer in done.gating.layers:
+        rate = gated.gates.open_channels()[layer.layer].double().mean(0)
+        bits = -(rate * rate.log2() + (1 - rate) * (1 - rate).log2()).nan_to_num(0.0)
+        assert (len(rate), len(rate)) == (layer.filters, layer.units)
+        assert (int((rate == 0).sum()), int((rate == 1).sum())) == (layer.never, layer.always)
+        assert layer.filters == layer.never + layer.always + layer.varying
+        assert float(rate.mean()) == pytest.approx(layer.rate)
+        assert float(bits.mean()) == pytest.approx(layer.entropy_bits, abs=1e-9)
+        assert 0.64 == layer.break_even, "of single filters, 3×3 kernels and 64 pixels"
+    assert any(layer.varying for layer in done.gating.layers)
+
+
+def test_macs_are_said_with_their_spread_and_refer_to_the_dense_network(done: Run) -> None:
+    images = torch.cat([images for images, _ in batches(2, seed=9)])
+    by_image = torch.tensor([macs_by_hand(done.gated, image[None]) for image in images], dtype=torch.float64)
+    macs = done.gating.macs
+
+    assert macs is not None
+    assert float(by_image.mean()) == pytest.approx(macs.mean)
+    assert float(by_image.std(correction=0)) == pytest.approx(macs.spread)
+    assert (float(by_image.min()), float(by_image.max())) == pytest.approx((macs.smallest, macs.largest))
+    assert done.rows["dense"].macs == macs.dense
+    assert sum(head.macs for head in done.gated.gates.all_heads()) == macs.heads
+    assert 0 < macs.official < macs.mean
+
+
+def test_both_files_say_how_their_masks_agree_and_which_layers_are_gathered(done: Run) -> None:
+    assert ["ftwt-mask", "ftwt-compact"] == [file.name for file in done.gating.files]
+    for file in done.gating.files:
+        assert file.agreement is not None
+        assert (16, 16, 1.0) == (file.agreement.images, file.agreement.compared, file.agreement.agreement)
+        assert 16 * sum(layer.units for layer in done.gating.layers) == file.agreement.bits
+        assert done.rows[file.name].parity == file.agreement.max_rel
+        assert done.rows[file.name].parity_limit == file.agreement.fail
+        found = properties_of(done.folder / file.name / "model.onnx")
+        assert (found["flavour"], found["limits"]) == (file.flavour, file.limits)
+        assert ((), {layer.layer for layer in done.gating.layers}) == (file.gathered, set(file.masked))
+    mask, compact = done.gating.files
+    assert {"the flavour is mask"} == set(mask.masked.values())
+    assert all(reason.endswith(" M MACs only") for reason in compact.masked.values())
+    assert {} == done.gating.failed
+
+
 def test_all_networks_are_measured_side_by_side(done: Run) -> None:
     assert done.latency is not None
     assert list(done.rows) == [row.name for row in done.latency.rows]
@@ -528,8 +580,12 @@ def test_a_result_without_gates_has_no_gated_variants() -> None:
 def test_without_test_images_a_gated_row_does_not_claim_to_be_a_mean(done: Run, tmp_path: Path) -> None:
     variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)[:1]]
 
-    rows, latency = compare_variants(variants, tmp_path / "out", EXAMPLE, measurement=None)
+    rows, latency, [gating] = compare_variants(variants, tmp_path / "out", EXAMPLE, measurement=None)
 
+    expected, firing = done.result.outcome.gating
+    assert ("training images that the method calibrated on", expected.images) == (gating.data, gating.images)
+    assert [own.varying for own in firing.values()] == [layer.varying for layer in gating.layers]
+    assert expected.mean == gating.macs.mean
     assert latency is None
     assert [None, None] == [row.top1 for row in rows]
     assert "mean over" not in rows[1].asked
@@ -543,22 +599,75 @@ def test_a_flavour_that_cannot_be_written_costs_its_row_and_not_the_run(
     variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)]
     settings = {"test_batches": batches(1), "progress": told.append, "measurement": Measurement(1, 0)}
 
-    rows, latency = compare_variants(variants, tmp_path / "out", EXAMPLE, **settings)
+    rows, latency, [gating] = compare_variants(variants, tmp_path / "out", EXAMPLE, **settings)
 
     assert ["dense", "ftwt-mask"] == [row.name for row in rows]
     assert latency is not None
     assert ["dense", "ftwt-mask"] == [row.name for row in latency.rows]
     assert ["dense", "ftwt-mask"] == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert any(line.startswith("no row ftwt-compact: The ONNX file does not compute") for line in told)
+    assert ["ftwt-mask"] == [file.name for file in gating.files]
+    assert ["ftwt-compact"] == list(gating.failed)
+    assert any(line == f"no row ftwt-compact: {gating.failed['ftwt-compact']}" for line in told)
+    assert [layer.layer for layer in done.gating.layers] == [layer.layer for layer in gating.layers]
 
 
 def test_macs_of_all_rows_are_those_of_one_image_whatever_the_example(done: Run, tmp_path: Path) -> None:
     variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)[:1]]
     given = batches(2, seed=9)
 
-    rows, _ = compare_variants(
+    rows, *_ = compare_variants(
         variants, tmp_path / "out", EXAMPLE.expand(2, -1, -1, -1), test_batches=given, measurement=None
     )
 
     expected = done.rows["ftwt-mask"].macs / done.rows["dense"].macs
     assert expected == pytest.approx(rows[1].macs / rows[0].macs, rel=1e-4), "whole numbers both"
+
+
+def test_the_gates_of_one_network_are_measured_once_for_all_its_files(
+    done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, measure = [], gating_facts.measure_gating
+    monkeypatch.setattr(gating_facts, "measure_gating", lambda *a, **k: calls.append(a) or measure(*a, **k))
+    variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)]
+
+    compare_variants(variants, tmp_path / "out", EXAMPLE, test_batches=batches(1), measurement=None)
+
+    assert 1 == len(calls)
+
+
+class LoaderWithoutLength:
+    """Batches whose number is not known, as those of a loader over a stream."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(batches(1))
+
+    def __len__(self) -> int:
+        raise TypeError("a stream has no length")
+
+
+def test_test_images_may_come_from_a_stream(done: Run, tmp_path: Path) -> None:
+    variants = [Variant("dense", done.dense), *gated_variants(done.result, None, OPTIONS)[:1]]
+
+    *_, [gating] = compare_variants(
+        variants, tmp_path / "out", EXAMPLE, test_batches=LoaderWithoutLength(), measurement=None
+    )
+
+    assert ("test images", 16) == (gating.data, gating.images)
+
+
+def test_a_gated_network_whose_method_measured_nothing_has_its_files_only(done: Run, tmp_path: Path) -> None:
+    silent = replace(done.result, outcome=replace(done.result.outcome, gating=None))
+    variants = [Variant("dense", done.dense), *gated_variants(silent, None, OPTIONS)[:1]]
+
+    *_, [gating] = compare_variants(variants, tmp_path / "out", EXAMPLE, measurement=None)
+
+    assert (None, None, (), None) == (gating.data, gating.images, gating.layers, gating.macs)
+    assert ["ftwt-mask"] == [file.name for file in gating.files]
+    assert gating.files[0].agreement is None, "there were no images to compare on"
+
+
+def test_a_run_without_gates_has_no_entry(tmp_path: Path) -> None:
+    *_, gating = compare_variants([Variant("dense", build())], tmp_path / "out", EXAMPLE, measurement=None)
+
+    assert () == gating

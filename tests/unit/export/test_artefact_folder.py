@@ -92,7 +92,7 @@ def test_an_unusable_specification_is_named(tmp_path: Path, text: str) -> None:
 def test_the_file_of_a_pruned_network_says_how_it_came_to_be(
     tmp_path: Path, dense: nn.Module, result: PruneResult, quick: None
 ) -> None:
-    rows, _ = compare_variants(
+    rows, *_ = compare_variants(
         [Variant("dense", dense), Variant("l1", result.model, result)], tmp_path, EXAMPLE, spec=SPEC
     )
 
@@ -143,7 +143,7 @@ def test_a_pruned_network_may_differ_from_pytorch_by_twice_as_much_as_the_dense_
 
     monkeypatch.setattr(artefact_writing, "export_onnx", with_gap)
 
-    rows, _ = compare_variants([Variant("dense", dense), Variant("l1", result.model, result)], tmp_path, EXAMPLE)
+    rows, *_ = compare_variants([Variant("dense", dense), Variant("l1", result.model, result)], tmp_path, EXAMPLE)
 
     assert [1e-4, 1.6e-4] == limits == [row.parity_limit for row in rows]
 
@@ -489,7 +489,7 @@ def test_rows_say_what_each_network_is_and_how_many_weights_a_mask_holds_at_zero
     network.load_state_dict({**network.state_dict(), "3.bias": masks["3.bias"].float()})
     masked = replace(result, outcome=replace(result.outcome, weight_masks=masks))
 
-    rows, _ = compare_variants(
+    rows, *_ = compare_variants(
         [Variant("dense", dense), Variant("longer", dense), Variant("l1", network, masked, options={"steps": 1})],
         tmp_path,
         EXAMPLE,
@@ -503,10 +503,10 @@ def test_rows_say_what_each_network_is_and_how_many_weights_a_mask_holds_at_zero
 
 
 def test_latency_is_measured_as_long_as_asked_or_not_at_all(tmp_path: Path, dense: nn.Module) -> None:
-    rows, latency = compare_variants(
+    rows, latency, _ = compare_variants(
         [Variant("dense", dense)], tmp_path, EXAMPLE, measurement=Measurement(rounds=3, min_seconds=0.0)
     )
-    unmeasured, none = compare_variants([Variant("dense", dense)], tmp_path, EXAMPLE, measurement=None)
+    unmeasured, none, _ = compare_variants([Variant("dense", dense)], tmp_path, EXAMPLE, measurement=None)
 
     assert latency is not None
     assert (3, latency.rows[0].p50_ms) == (latency.rounds, rows[0].latency_ms)

@@ -527,6 +527,15 @@ def test_break_even_rates_are_those_that_were_measured(rate: float, side: int, k
     assert rate == break_even(layer)
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_an_export_says_the_break_even_rate_of_every_layer_that_could_be_gathered(
+    flavour: str, network: GatedNetwork, tmp_path: Path
+) -> None:
+    made = export_gated(network, EXAMPLE, tmp_path / "net.onnx", flavour=flavour)
+
+    assert {"stem": 0.64, "inner": 0.75, "back": 0.64, "wide": 0.52, "narrow": 0.77, "last": 0.37} == made.break_even
+
+
 def test_firing_rates_count_filters_and_not_units(network: GatedNetwork, images: Tensor) -> None:
     _, masks = expected(network, images)
 

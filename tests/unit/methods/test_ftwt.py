@@ -566,6 +566,9 @@ def test_the_facts_are_those_of_the_network_that_is_handed_over() -> None:
     assert count_costs(BenchNet(), torch.zeros(1, 3, 8, 8)).macs == facts["dense_macs"]
     assert pytest.approx(facts["expected_macs"] / facts["dense_macs"]) == facts["expected_macs_share"]
     assert [1] == [len(outcome.pictures)]
+    expected, firing = outcome.gating
+    assert facts["expected_macs"] == expected.mean
+    assert torch.equal(rates, torch.cat([own.rate for own in firing.values()]))
     assert not any(parameter.requires_grad for parameter in gated.gates.parameters())
 
 

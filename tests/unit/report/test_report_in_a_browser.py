@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from gated_reports import gated_sample, gating, without_compact
 from PIL import Image
 from sample_reports import sample
 
@@ -53,10 +54,15 @@ def reports(count: int) -> list[RunReport]:
     ]
 
 
-@pytest.mark.parametrize("runs", [1, 4])
+def gated_reports(count: int) -> list[RunReport]:
+    entries = gating(layers=45), without_compact(gating(network="a_network_with_quite_a_long_name"))
+    return [RunReport.model_validate(gated_sample(*entries)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("made", "runs"), [(reports, 1), (reports, 4), (gated_reports, 1)])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_never_wider_than_the_window(tmp_path, runs, width):
-    inner = page(reports(runs)).replace("&", "&amp;").replace('"', "&quot;")
+def test_the_page_is_never_wider_than_the_window(tmp_path, made, runs, width):
+    inner = page(made(runs)).replace("&", "&amp;").replace('"', "&quot;")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, page=inner), encoding="utf-8")
 
     dom = chromium(tmp_path, "--dump-dom", f"--window-size={width + 20},3000", (tmp_path / "frame.html").as_uri())
@@ -82,9 +88,9 @@ PHONE = (
 )
 
 
-@pytest.mark.parametrize("runs", [1, 3])
-def test_a_phone_shows_what_counts_without_scrolling_and_in_letters_that_can_be_read(tmp_path, runs):
-    inner = page(reports(runs)).replace("</body>", MEASURE + "</body>")
+@pytest.mark.parametrize(("made", "runs"), [(reports, 1), (reports, 3), (gated_reports, 1)])
+def test_a_phone_shows_what_counts_without_scrolling_and_in_letters_that_can_be_read(tmp_path, made, runs):
+    inner = page(made(runs)).replace("</body>", MEASURE + "</body>")
     inner = inner.replace("&", "&amp;").replace('"', "&quot;")
     (tmp_path / "frame.html").write_text(PHONE.format(page=inner), encoding="utf-8")
 
