@@ -125,7 +125,7 @@ def check_unused(folder: Path) -> None:
 
 
 def first_foreign(folder: Path, known: Collection[str] = ()) -> Path | None:
-    """Returns something in a folder that has none of the known names, and is no draft of a killed run; ``None`` if none.
+    """Returns something in a folder that has none of the known names and is no draft of a killed run, if any.
 
     A folder that is not there holds nothing.
     """

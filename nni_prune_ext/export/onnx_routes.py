@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 from torch import Tensor, nn
 
+from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.export.artefact_folder import complete_or_absent
 from nni_prune_ext.export.manifest import Part
@@ -23,11 +24,12 @@ from nni_prune_ext.export.onnx_static import ExportResult, export_onnx, publishe
 from nni_prune_ext.export.parity import FAIL
 from nni_prune_ext.export.provenance import package_version, provenance
 from nni_prune_ext.export.route_judging import RouteJudge, remarks
-from nni_prune_ext.export.route_router import router_graph, shortest_prefix
+from nni_prune_ext.export.route_router import prefix_macs, router_graph
 from nni_prune_ext.export.routes_folder import ROUTER, RoutesIndex, check_routes_folder, remove_earlier_routes
 from nni_prune_ext.gates.fixed_masks import SubNetworks
 from nni_prune_ext.gates.gated_network import GatedNetwork
-from nni_prune_ext.gates.routes import Routes, check_routes, find_routes, fired_filters
+from nni_prune_ext.gates.route_rule import RouteRule, learn_rule
+from nni_prune_ext.gates.routes import Routes, check_routes, find_routes, fired_filters, head_logits
 from nni_prune_ext.inputs import ExampleInputs, map_tensors
 
 LIMITS = (
@@ -37,6 +39,8 @@ LIMITS = (
 """What this flavour cannot do; said at export and written into the files."""
 _COMPARED = 64
 """Images on which files are compared with PyTorch."""
+_LEARNT_ON = 1024
+"""Most images that the router learns from."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def export_routes(
     found = find_routes(network, example, calibration, routes=routes, keep=keep, seed=seed)
     single = find_routes(network, example, calibration, routes=1, keep=keep)
     compared = images[:_COMPARED].to(device)
+    given = [compared] if dynamic_batch else [image[None] for image in compared]
     made = SubNetworks(network, example)
     networks = tuple(made.of(own.opened, compared) for own in found.routes)
     judge = RouteJudge(network, example, found, images, labels)
@@ -119,7 +124,7 @@ def export_routes(
                 opset=opset,
                 dynamic_batch=dynamic_batch,
                 properties={"flavour": "static", "limits": LIMITS, "route": f"{number} of {len(networks)}"},
-                given_inputs=list(compared.split(_COMPARED if dynamic_batch else 1)),
+                given_inputs=given,
                 fail=fail,
             )
             for number, own in enumerate(networks)
@@ -127,11 +132,11 @@ def export_routes(
         described = [judge.route(own, sub) for own, sub in zip(found.routes, networks)]
         routed = None
         if router and len(networks) > 1:
-            layers = shortest_prefix(found, fired_filters(network, calibration))
-            graph = router_graph(network, example, found, layers, dynamic_batch=dynamic_batch, opset=opset)
-            given, facts = {graph.graph.input[0].name: one_image_tensor(example)}, {"flavour": "router"}
-            onnx.helper.set_model_props(graph, provenance(network, given, opset=opset, exporter="dynamo", extra=facts))
-            routed = judge.router(graph, layers)
+            rule = _rule(network, example, found, calibration[:_LEARNT_ON])
+            graph = router_graph(network, example, rule, dynamic_batch=dynamic_batch, opset=opset)
+            ports, facts = {graph.graph.input[0].name: one_image_tensor(example)}, {"flavour": "router"}
+            onnx.helper.set_model_props(graph, provenance(network, ports, opset=opset, exporter="dynamo", extra=facts))
+            routed = judge.router(graph, rule)
             published(graph, draft / ROUTER, network)
         routings = judge.routings(networks, made.of(single.routes[0].opened, compared))
         index = RoutesIndex(
@@ -158,6 +163,13 @@ def _check(images: Tensor, labels: Tensor | None) -> None:
         raise ConfigError(
             f"There are {len(labels)} labels for {len(images)} images, expected one per image. Pass both of one set."
         )
+
+
+def _rule(network: GatedNetwork, example_inputs: ExampleInputs, routes: Routes, images: Tensor) -> RouteRule:
+    logits = head_logits(network, images)
+    dense = count_costs(network.model, example_inputs).macs
+    costs = [macs / dense for macs in prefix_macs(network, example_inputs)]
+    return learn_rule(logits, routes.assign(fired_filters(network, logits)), costs)
 
 
 def _at(made: ExportResult, folder: Path) -> ExportResult:

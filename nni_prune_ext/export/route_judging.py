@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import ConfigError, ParityError
 from nni_prune_ext.export.gated_parity import run_graph
-from nni_prune_ext.export.route_router import OUTPUT, graph_macs, skill
+from nni_prune_ext.export.route_router import OUTPUT, graph_macs
 from nni_prune_ext.export.routes_folder import ROUTER, IndexedRoute, IndexedRouter, Routing
 from nni_prune_ext.gates.estimates import measure_gating
 from nni_prune_ext.gates.gated_network import GatedNetwork
-from nni_prune_ext.gates.routes import Route, Routes, fired_filters
+from nni_prune_ext.gates.route_rule import RouteRule, skill
+from nni_prune_ext.gates.routes import Route, Routes, fired_filters, head_logits
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 
@@ -40,11 +41,11 @@ class RouteJudge:
         images: Tensor,
         labels: Tensor | None,
     ) -> None:
-        self._network, self._example, self._routes = network, example_inputs, routes
+        self._network, self._example = network, example_inputs
         self._parts: Sequence[Tensor] = images.split(_BATCH)  # type: ignore[no-untyped-call]
         self._labels = None if labels is None else labels.cpu()
-        self._fired = fired_filters(network, images)
-        self._right = routes.assign(self._fired)
+        self._logits = head_logits(network, images)
+        self._right = routes.assign(fired_filters(network, self._logits))
         self._named: Tensor | None = None
         self._router_macs = 0
         self._dense = self._macs(network.model)
@@ -63,7 +64,7 @@ class RouteJudge:
             centre={layer: tuple(round(value, 4) for value in rate.tolist()) for layer, rate in route.centre.items()},
         )
 
-    def router(self, graph: onnx.ModelProto, layers: tuple[str, ...]) -> IndexedRouter:
+    def router(self, graph: onnx.ModelProto, rule: RouteRule) -> IndexedRouter:
         """Runs the router and describes it.
 
         Raises:
@@ -73,7 +74,7 @@ class RouteJudge:
         fixed = graph.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
         parts = [image for part in self._parts for image in (part.split(1) if fixed else (part,))]  # type: ignore[no-untyped-call]
         named = torch.from_numpy(np.asarray(run_graph(graph, [part.cpu().numpy() for part in parts])[OUTPUT]))
-        expected = self._routes.assign(self._fired, layers)
+        expected = rule.assign(self._logits)
         same = float((named == expected).float().mean())
         if same < _SAME_ROUTE:
             raise ParityError(
@@ -83,7 +84,7 @@ class RouteJudge:
         self._named, self._router_macs = named, graph_macs(graph)
         return IndexedRouter(
             file=ROUTER,
-            layers=layers,
+            layers=rule.layers,
             macs=self._router_macs,
             macs_share=self._router_macs / self._dense,
             agreement=float((named == self._right).float().mean()),
@@ -116,9 +117,7 @@ class RouteJudge:
         return result
 
     def _routing(self, macs: float, hits: Tensor | None) -> Routing:
-        return Routing(
-            macs_share=macs / self._dense, accuracy=None if hits is None else float(hits.float().mean())
-        )
+        return Routing(macs_share=macs / self._dense, accuracy=None if hits is None else float(hits.float().mean()))
 
     def _macs(self, model: nn.Module) -> int:
         return count_costs(model, self._example).macs

@@ -51,7 +51,7 @@ class IndexedRouter(_Content):
 
     Attributes:
         file: the ONNX file beside the index: images to route numbers.
-        layers: the gated layers whose masks it looks at.
+        layers: the first gated layers, whose heads it reads.
         macs: multiply–accumulates per image.
         macs_share: of those of the network without gates.
         agreement: share of the images that judge on which it names the route of the full masks.
@@ -125,7 +125,8 @@ class RoutesIndex(_Content):
         except (OSError, ValidationError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
             raise ArtefactError(
-                f"'{folder / INDEX}' is no index of routes ({reason}), expected what export_routes writes. Export again."
+                f"'{folder / INDEX}' is no index of routes ({reason}), expected what export_routes writes. Export "
+                "again."
             ) from error
 
 

@@ -6,7 +6,7 @@ multiplications that it stands for, so that small layers with many filters do no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nni_prune_ext.errors import ConfigError
 from nni_prune_ext.gates.gated_network import GatedNetwork
+from nni_prune_ext.gates.heads import open_units
 from nni_prune_ext.graph.gate_tracing import trace_gate_flow
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import ExampleInputs
@@ -53,38 +54,29 @@ class Routes:
     routes: tuple[Route, ...]
     weights: Mapping[str, float]
 
-    def assign(self, fired: Mapping[str, Tensor], layers: Sequence[str] | None = None) -> Tensor:
-        """Returns the route of every image, ``(N,)`` int64.
-
-        Args:
-            fired: layer → which filters fire, ``(N, C)`` bool.
-            layers: the layers that count; all by default.
-        """
-        names = list(self.weights if layers is None else layers)
-        weight, bias = self.linear(names)
-        return (torch.cat([fired[name] for name in names], 1).float() @ weight + bias).argmax(1)
-
-    def linear(self, layers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns the rule as a linear map of what fires in some layers: the nearest route has the largest value.
-
-        Returns:
-            weight ``(filters, routes)`` and bias ``(routes,)``, float32.
-        """
-        weights = torch.cat([torch.full_like(self.routes[0].centre[name], self.weights[name]) for name in layers])
-        return _nearest(torch.stack([torch.cat([own.centre[name] for name in layers]) for own in self.routes]), weights)
+    def assign(self, fired: Mapping[str, Tensor]) -> Tensor:
+        """Returns the route of every image, ``(N,)`` int64, from layer → which filters fire, ``(N, C)`` bool."""
+        points = torch.cat([fired[name] for name in self.weights], 1).float()
+        centres = torch.stack([torch.cat([own.centre[name] for name in self.weights]) for own in self.routes])
+        return _nearest(points, centres, _per_filter(fired, self.weights))
 
 
-def fired_filters(network: GatedNetwork, images: Tensor) -> dict[str, Tensor]:
-    """Returns layer → which filters fire, ``(N, C)`` bool on the CPU, for images ``(N, C, H, W)``."""
+def head_logits(network: GatedNetwork, images: Tensor) -> dict[str, Tensor]:
+    """Returns layer → what its head says, ``(N, U)`` float32 on the CPU, for images ``(N, C, H, W)``."""
     parts: dict[str, list[Tensor]] = {place.layer: [] for place in network.gates.places}
     device = next(network.parameters()).device
     with untouched(network), torch.no_grad():
         for part in images.split(_BATCH):  # type: ignore[no-untyped-call]
             network(part.to(device))
-            for layer, own in network.gates.open_channels().items():
-                parts[layer].append(own.cpu())
+            for layer, own in network.gates.logits.items():
+                parts[layer].append(own.detach().cpu())
     network.gates.forget()
     return {layer: torch.cat(own) for layer, own in parts.items()}
+
+
+def fired_filters(network: GatedNetwork, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns layer → which filters fire, ``(N, C)`` bool, where its head says this."""
+    return {layer: open_units(own)[:, network.gates.head(layer).units.cpu()] for layer, own in logits.items()}
 
 
 def find_routes(
@@ -110,22 +102,26 @@ def find_routes(
     check_routes(routes, keep)
     if not network.gates.places:
         raise ConfigError("The network has no gate left, expected one at least. Export it as a plain network.")
+    if network.gates.masks != "predicted":
+        raise ConfigError(
+            f"The gates of the network follow '{network.gates.masks}', expected 'predicted': routes are those of the "
+            'heads. Set network.gates.masks = "predicted".'
+        )
     if len(images) < routes:
         raise ConfigError(
             f"{routes} routes are to be found on {len(images)} images, expected some hundred images. Pass more, or ask "
             "for fewer routes."
         )
-    fired = fired_filters(network, images)
+    fired = fired_filters(network, head_logits(network, images))
     flow = trace_gate_flow(network.model, example_inputs)
     total = sum(flow.layer(name).macs for name in fired)
     weights = {name: flow.layer(name).macs / own.shape[1] / total for name, own in fired.items()}
     points = torch.cat(list(fired.values()), 1).float()
-    per_filter = torch.cat([torch.full((own.shape[1],), weights[name]) for name, own in fired.items()])
-    groups = _grouped(points, per_filter, routes, torch.Generator().manual_seed(seed))
-    numbers, counts = groups.unique(return_counts=True)
+    groups = _grouped(points, _per_filter(fired, weights), routes, torch.Generator().manual_seed(seed))
+    counts = groups.bincount()
     found = []
-    for index, place in enumerate(counts.argsort(descending=True, stable=True)):
-        centre = {name: own[groups == numbers[place]].float().mean(0) for name, own in fired.items()}
+    for index, place in enumerate(counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]):
+        centre = {name: own[groups == place].float().mean(0) for name, own in fired.items()}
         opened = {name: _opened(rate, keep) for name, rate in centre.items()}
         found.append(Route(index, opened, float(counts[place]) / len(images), centre))
     return Routes(tuple(found), weights)
@@ -152,14 +148,19 @@ def _opened(rate: Tensor, keep: float) -> Tensor:
     return opened
 
 
-def _nearest(centres: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the linear map that is largest for the nearest centre: |x - c|² without |x|², which is the same for all.
+def _per_filter(fired: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    return torch.cat([torch.full((fired[name].shape[1],), weight) for name, weight in weights.items()])
+
+
+def _nearest(points: Tensor, centres: Tensor, weights: Tensor) -> Tensor:
+    """Returns the number of the nearest centre, ``(N,)``: |x - c|² without |x|², which is the same for all centres.
 
     Args:
+        points: ``(N, D)``.
         centres: ``(K, D)``.
         weights: of the coordinates, ``(D,)``.
     """
-    return (2 * weights * centres).T, -(weights * centres**2).sum(1)
+    return (2 * points @ (weights * centres).T - (weights * centres**2).sum(1)).argmax(1)
 
 
 def _grouped(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -167,23 +168,18 @@ def _grouped(points: Tensor, weights: Tensor, count: int, generator: torch.Gener
     best, smallest = torch.zeros(len(points), dtype=torch.int64), float("inf")
     for _ in range(_STARTS):
         centres = _first_centres(points, weights, count, generator)
-        groups = _by_centre(points, centres, weights)
+        groups = _nearest(points, centres, weights)
         for _ in range(_ROUNDS):
             centres = torch.stack(
                 [points[groups == k].mean(0) if bool((groups == k).any()) else own for k, own in enumerate(centres)]
             )
-            before, groups = groups, _by_centre(points, centres, weights)
+            before, groups = groups, _nearest(points, centres, weights)
             if torch.equal(before, groups):
                 break
         spread = float(((points - centres[groups]) ** 2 @ weights).sum())
         if spread < smallest:
             best, smallest = groups, spread
     return best
-
-
-def _by_centre(points: Tensor, centres: Tensor, weights: Tensor) -> Tensor:
-    weight, bias = _nearest(centres, weights)
-    return (points @ weight + bias).argmax(1)
 
 
 def _first_centres(points: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
