@@ -73,6 +73,7 @@ def export_routes(
     routes: int = 3,
     keep: float = 0.5,
     router: bool = True,
+    multiple: int = 4,
     dynamic_batch: bool = True,
     opset: int = 18,
     seed: int = 0,
@@ -90,6 +91,8 @@ def export_routes(
         routes: how many; fewer are made where images fire alike.
         keep: a filter stays open in a route if it fires for this share of its images, more than 0 and at most 1.
         router: also write ``router.onnx``, which names the route of an image.
+        multiple: groups of channels that are cut keep a multiple of this many, at no loss: ONNX Runtime's CPU provider
+            is slow below 4, and quickest with 16 on AVX-512.
         dynamic_batch: leave the batch size open; without, it is 1.
         opset: ONNX operator set.
         seed: of the search for routes.
@@ -108,11 +111,11 @@ def export_routes(
     example = map_tensors(example_inputs, lambda tensor: tensor[:1])
     device = one_image_tensor(example).device
     check_routes_folder(folder)
+    made = SubNetworks(network, example, multiple=multiple)
     found = find_routes(network, example, calibration, routes=routes, keep=keep, seed=seed)
     single = find_routes(network, example, calibration, routes=1, keep=keep)
     compared = images[:_COMPARED].to(device)
     given = [compared] if dynamic_batch else [image[None] for image in compared]
-    made = SubNetworks(network, example)
     networks = tuple(made.of(own.opened, compared) for own in found.routes)
     judge = RouteJudge(network, example, found, images, labels)
     with complete_or_absent(folder) as draft:

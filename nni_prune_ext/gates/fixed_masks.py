@@ -27,7 +27,7 @@ from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.graph.model_copy import copy_model
 from nni_prune_ext.graph.state import untouched
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
-from nni_prune_ext.plan import plan_from_channels, spared
+from nni_prune_ext.plan import Channels, plan_from_channels, spared
 from nni_prune_ext.surgery import cut_channels
 
 _PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -35,10 +35,16 @@ _PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instan
 
 
 class SubNetworks:
-    """Makes sub-networks of one gated network, which is left as it was; channels are traced and proved once for all."""
+    """Makes sub-networks of one gated network, which is left as it was; channels are traced and proved once for all.
 
-    def __init__(self, network: GatedNetwork, example_inputs: ExampleInputs) -> None:
-        self.network, self._example = network, example_inputs
+    Args:
+        multiple: groups of channels that are cut keep a multiple of this many, with channels that write zeros.
+    """
+
+    def __init__(self, network: GatedNetwork, example_inputs: ExampleInputs, *, multiple: int = 1) -> None:
+        if multiple < 1:
+            raise ConfigError(f"The multiple is {multiple}, expected 1 or more. 4 is what ONNX Runtime asks for.")
+        self.network, self._example, self._multiple = network, example_inputs, multiple
         everything = {own.layer: torch.ones(own.channels, dtype=torch.bool) for own in network.gates.places}
         model = closed_rows(network, everything)
         self._flow: GateFlow = trace_gate_flow(model, example_inputs)
@@ -67,7 +73,7 @@ class SubNetworks:
         counter = ReachCounter(self._groups, self._flow, heads=False)
         counter.add({own.layer: opened[own.layer].cpu()[None] for own in self.network.gates.places})
         rates = counter.rates()
-        gone = {group.name: _silent(group, rates[group.name]) for group in self._groups}
+        gone = {group.name: _silent(group, rates[group.name], self._multiple) for group in self._groups}
         plan = plan_from_channels(self._groups, gone)
         model = closed_rows(self.network, opened)
         made = cut_channels(model, plan, self._example, groups=self._groups).model.eval()
@@ -167,8 +173,11 @@ def _norms_over_channels(model: nn.Module) -> set[str]:
     return {name for name, _ in (*model.named_parameters(), *model.named_buffers())} - alone
 
 
-def _silent(group: ChannelGroup, rate: Tensor) -> np.ndarray:
-    return spared(group, (rate == 0).numpy())
+def _silent(group: ChannelGroup, rate: Tensor, multiple: int) -> Channels:
+    gone = spared(group, (rate == 0).numpy())
+    kept = group.num_channels - int(gone.sum())
+    gone[np.flatnonzero(gone)[: -kept % multiple]] = False
+    return gone
 
 
 def _check(network: GatedNetwork, opened: Mapping[str, Tensor]) -> None:

@@ -112,6 +112,7 @@ def test_files_are_smaller_than_the_network_and_say_what_they_are(case: Case) ->
         properties = {own.key: own.value for own in onnx.load(case.made.folder / described.file).metadata_props}
         assert count_costs(sub, EXAMPLE).macs == described.macs < dense
         assert pytest.approx(described.macs / dense) == described.macs_share
+        assert all(own.out_channels % 4 == 0 for own in sub if isinstance(own, nn.Conv2d) and own.out_channels != 6)
         assert ("static", LIMITS) == tuple(properties[f"nni_prune_ext.{key}"] for key in ("flavour", "limits"))
         assert f"{number} of 3" == properties["nni_prune_ext.route"]
 

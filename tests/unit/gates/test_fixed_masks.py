@@ -134,6 +134,24 @@ def test_a_stream_keeps_closed_rows_as_zeros_and_a_branch_loses_them() -> None:
     assert [0.0] * 20 == [*block.bn2.weight[:10].tolist(), *block.bn2.bias[:10].tolist()]
 
 
+@pytest.mark.parametrize(("multiple", "expected"), [(1, 54), (4, 56), (16, 64), (100, 64)])
+def test_widths_keep_a_multiple_at_no_loss(multiple: int, expected: int) -> None:
+    network = gated(NETS["resnet, basic blocks"])
+    opened = {place.layer: torch.ones(place.channels, dtype=torch.bool) for place in network.gates.places}
+    opened["layer1.0.conv1"][7:17] = False
+
+    sub = SubNetworks(network, EXAMPLE, multiple=multiple).of(opened)
+
+    assert expected == sub.get_submodule("layer1.0.conv1").out_channels
+    with torch.no_grad():
+        assert apart(forced(network, opened)(images()), sub(images())) < 1e-12
+
+
+def test_a_multiple_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="The multiple is 0, expected 1 or more"):
+        SubNetworks(gated(Odd), EXAMPLE, multiple=0)
+
+
 def test_what_a_depthwise_layer_makes_of_zeros_stays_and_what_it_closes_goes() -> None:
     network = gated(NETS["mobilenet"])
     opened = {place.layer: torch.ones(place.channels, dtype=torch.bool) for place in network.gates.places}
