@@ -74,6 +74,9 @@ _PUBLIC = {
     "solve_mass": "gates",
     "GatedExport": "export.onnx_gated",
     "export_gated": "export.onnx_gated",
+    "RoutedExport": "export.onnx_routes",
+    "RoutesIndex": "export.routes_folder",
+    "export_routes": "export.onnx_routes",
     "FastestFlavour": "gated_deployment",
     "export_fastest": "gated_deployment",
     "export_onnx": "export.onnx_static",
@@ -108,8 +111,10 @@ if TYPE_CHECKING:
     from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import load_pruned, write_artefacts
     from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
+    from nni_prune_ext.export.onnx_routes import RoutedExport, export_routes
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.export.parity import check_parity
+    from nni_prune_ext.export.routes_folder import RoutesIndex
     from nni_prune_ext.gated_deployment import FastestFlavour, export_fastest
     from nni_prune_ext.gates import (
         ExpectedMacs,

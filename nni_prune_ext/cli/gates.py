@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nni_prune_ext.export.onnx_gated import Flavour, GatedExport
+    from nni_prune_ext.export.onnx_routes import RoutedExport
     from nni_prune_ext.gated_deployment import FastestFlavour
-    from nni_prune_ext.gates import GatingEstimate
+    from nni_prune_ext.gates import GatedNetwork, GatingEstimate
     from nni_prune_ext.workbench import Job
 
-FLAVOURS = ("mask", "compact", "fastest")
+FLAVOURS = ("mask", "compact", "static", "fastest")
+CALIBRATION_IMAGES = 512
+"""Images that routes are found on, and as many that judge them, unless --images says otherwise."""
 
 app = typer.Typer(no_args_is_help=True, help="Per-input gates: what they would save, and their ONNX files.")
 
@@ -89,27 +92,28 @@ def export(
     model: o.ModelName,
     artefact: Annotated[Path, typer.Option(help="Artefact folder with a gated network.")],
     data: Data,
-    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
-    flavour: Annotated[str, typer.Option(help="mask, compact, or fastest: measured on this machine.")] = "fastest",
+    out: Annotated[Path, typer.Option(help="The ONNX file to write; for static, the folder.")],
+    flavour: Annotated[str, typer.Option(help=f"{', '.join(FLAVOURS)} (measured on this machine).")] = "fastest",
     fold: Annotated[bool, typer.Option("--fold", help="Layers that do not gain lose their gates.")] = False,
     dense: Annotated[Path | None, typer.Option(help="ONNX file of the dense network, timed beside them.")] = None,
+    routes: Annotated[int | None, typer.Option(min=1, help="static: how many sub-networks; 3 by default.")] = None,
+    keep: Annotated[float | None, typer.Option(help="static: firing rate that keeps a filter, 0.5 by default.")] = None,
+    no_router: Annotated[bool, typer.Option("--no-router", help="static: write no router.onnx.")] = False,
     image_size: o.ImageSize = None,
     num_classes: o.NumClasses = None,
     download: o.Download = False,
-    images: Images = 64,
+    images: Annotated[int | None, typer.Option(min=8, help="How many images; 64, or 512 for static.")] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
     """Writes the gated network of an artefact folder as ONNX and compares masks and outputs with PyTorch."""
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
-    from nni_prune_ext.deployment import load_gated
     from nni_prune_ext.errors import ConfigError
     from nni_prune_ext.export.artefact_folder import GATED, ModelSpec, check_writable
     from nni_prune_ext.export.manifest import checked_manifest
     from nni_prune_ext.export.onnx_gated import export_gated
     from nni_prune_ext.gated_deployment import export_fastest
-    from nni_prune_ext.gates import GatedNetwork
 
     if flavour not in FLAVOURS:
         known_ones = f"{', '.join(FLAVOURS[:-1])} or {FLAVOURS[-1]}"
@@ -123,18 +127,31 @@ def export(
             f"--dense was given, but the flavour {flavour} is written without timing anything, expected fastest. Leave "
             "one of the two out."
         )
+    if flavour != "static" and (routes is not None or keep is not None or no_router):
+        raise ConfigError(
+            f"--routes, --keep or --no-router was given with the flavour {flavour}, expected static: no other flavour "
+            "has routes. Leave them out, or ask for --flavour static."
+        )
+    if flavour == "static" and fold:
+        raise ConfigError(
+            "The flavour static has no gates to fold, but --fold was given, expected none. Leave --fold out."
+        )
     checked_manifest(artefact, needed=(GATED,))
     reference = _reference(dense, artefact, out) if flavour == "fastest" else None
     check_writable(out.parent)
     known = ModelSpec.load(artefact)
     job = _job(model, data, None, False, num_classes, image_size, None, download, None, None, seed=seed, known=known)
-    network = load_gated(job.model, artefact, job.example)
-    if not isinstance(network, GatedNetwork):
-        raise ConfigError(
-            f"The gated network of '{artefact}' is a {type(network).__name__}, expected a GatedNetwork: its method "
-            "does not gate by heads. Export it with code of that method."
+    network = _gated_network(job, artefact)
+    if flavour == "static":
+        found = _export_static(
+            network, job, out, images or CALIBRATION_IMAGES, routes, keep, opset, no_router=no_router, seed=seed
         )
-    given = _images_and_labels(job, "test", images)[0][0]
+        if json:
+            tell_json("done", path=str(found.folder), flavour="static", **found.index.model_dump(mode="json"))
+        else:
+            _tell_routes(found)
+        return
+    given = _images_and_labels(job, "test", images or 64)[0][0]
     if reference is not None:
         _check_fits(reference, given)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +206,56 @@ def _check_fits(reference: Path, images: Tensor) -> None:
             f"The dense network '{reference}' takes inputs of {written(shape)}, expected {written(wanted)}, one image "
             "at a time, as the gated network does. Name another file with --dense."
         )
+
+
+def _gated_network(job: Job, artefact: Path) -> GatedNetwork:
+    """Reads the gated network of an artefact folder.
+
+    Raises:
+        ConfigError: its method does not gate by heads.
+    """
+    from nni_prune_ext.deployment import load_gated  # imported here to keep --help instant
+    from nni_prune_ext.errors import ConfigError
+    from nni_prune_ext.gates import GatedNetwork
+
+    network = load_gated(job.model, artefact, job.example)
+    if not isinstance(network, GatedNetwork):
+        raise ConfigError(
+            f"The gated network of '{artefact}' is a {type(network).__name__}, expected a GatedNetwork: its method "
+            "does not gate by heads. Export it with code of that method."
+        )
+    return network
+
+
+def _export_static(
+    network: GatedNetwork,
+    job: Job,
+    out: Path,
+    images: int,
+    routes: int | None,
+    keep: float | None,
+    opset: int,
+    *,
+    no_router: bool,
+    seed: int,
+) -> RoutedExport:
+    """Finds routes on training images and judges them on test images."""
+    from nni_prune_ext.export.onnx_routes import export_routes  # imported here to keep --help instant
+
+    calibration, (given, labels) = (_images_and_labels(job, split, images)[0] for split in ("train", "test"))
+    return export_routes(
+        network,
+        job.example,
+        out,
+        calibration[0],
+        given,
+        labels,
+        routes=3 if routes is None else routes,
+        keep=0.5 if keep is None else keep,
+        router=not no_router,
+        opset=opset,
+        seed=seed,
+    )
 
 
 def _job(
@@ -325,3 +392,29 @@ def _tell(made: GatedExport, best: FastestFlavour | None, reference: Path | None
         )
         typer.echo(best.verdict)
     typer.echo(f"Limits: {made.limits}.")
+
+
+def _tell_routes(made: RoutedExport) -> None:
+    index = made.index
+    for own, export in zip(index.routes, made.exports):
+        assert export.parity is not None
+        typer.echo(
+            f"{export.path}: {own.share:.1%} of the images that the routes were found on, {own.macs_share:.3f} of the "
+            f"MACs, accuracy {_percent(own.accuracy)} on its {own.images} test images, largest relative difference to "
+            f"PyTorch {export.parity.max_rel:.1e}"
+        )
+    if index.router is not None:
+        typer.echo(
+            f"{made.folder / index.router.file}: {index.router.macs_share:.3f} of the MACs, right for "
+            f"{index.router.agreement:.1%} of {index.images} test images (the most frequent route: "
+            f"{index.router.most_frequent:.1%})"
+        )
+    for name, way in index.routings.items():
+        typer.echo(f"  {name}: {way.macs_share:.3f} of the MACs, accuracy {_percent(way.accuracy)}")
+    for remark in index.remarks:
+        typer.echo(f"note: {remark}")
+    typer.echo(f"Limits: {index.limits}.")
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.2%}"

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -116,13 +116,21 @@ def check_unused(folder: Path) -> None:
         OutputError: it cannot, or it holds something.
     """
     check_writable(folder)
-    paths = folder.iterdir() if folder.exists() else iter(())
-    found = next((path for path in paths if not _is_of_killed_run(path)), None)
+    found = first_foreign(folder)
     if found is not None:
         raise OutputError(
             f"The folder '{folder}' already holds '{found.name}', expected an empty or new folder: two runs would mix. "
             "Choose another folder with --out, or replace the earlier run with --overwrite."
         )
+
+
+def first_foreign(folder: Path, known: Collection[str] = ()) -> Path | None:
+    """Returns something in a folder that has none of the known names and is no draft of a killed run, if any.
+
+    A folder that is not there holds nothing.
+    """
+    paths = sorted(folder.iterdir()) if folder.exists() else []
+    return next((path for path in paths if path.name not in known and not _is_of_killed_run(path)), None)
 
 
 @contextmanager

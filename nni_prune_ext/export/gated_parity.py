@@ -83,7 +83,7 @@ def check_gated_parity(
         raise ConfigError("There are 0 images to compare on, expected 64 or more. Pass real images (N, C, H, W).")
     parts = images.split(len(images) if batch_size is None else batch_size)  # type: ignore[no-untyped-call]
     expected, masks = _reference(network, parts)
-    made = _run(with_masks(graph), [part.cpu().numpy() for part in parts], [open_name(layer) for layer in layers])
+    made = run_graph(with_masks(graph), [part.cpu().numpy() for part in parts])
     same = np.stack([(made[open_name(layer)] == masks[layer]).all(axis=1) for layer in layers]).all(axis=0)
     hits = sum(int((made[open_name(layer)] == masks[layer]).sum()) for layer in layers)
     bits = sum(own.size for own in masks.values())
@@ -118,7 +118,12 @@ def _reference(network: GatedNetwork, parts: Sequence[Tensor]) -> tuple[list[Arr
     )
 
 
-def _run(graph: onnx.ModelProto, parts: Sequence[Array], masks: Sequence[str]) -> dict[str, Array]:
+def run_graph(graph: onnx.ModelProto, parts: Sequence[Array]) -> dict[str, Array]:
+    """Returns name → output of a graph with one input, for all parts one behind the other, on ONNX Runtime's CPU.
+
+    Raises:
+        ExportError: the graph does not run.
+    """
     onnxruntime = importlib.import_module("onnxruntime")  # not at the top: it is heavy
     try:
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -153,7 +153,7 @@ def export_gated(
         "folded": ", ".join(folded),
         **(properties or {}),
     }
-    inputs = {graph.graph.input[0].name: next(iter(_tensors(example_inputs)))}
+    inputs = {graph.graph.input[0].name: one_image_tensor(example_inputs)}
     onnx.helper.set_model_props(graph, provenance(network, inputs, opset=opset, exporter="dynamo", extra=written))
     parity = None
     if images is not None:
@@ -266,14 +266,19 @@ def _does_not_pay(layer: GatedLayer, rate: float) -> list[str]:
     return [] if rate < bound else [f"it fires at {rate:.2f}, and gains below {bound:.2f} only"]
 
 
-def _tensors(example_inputs: ExampleInputs) -> list[Tensor]:
+def one_image_tensor(example_inputs: ExampleInputs) -> Tensor:
+    """Returns the only tensor among example inputs.
+
+    Raises:
+        ExportError: there is another number of them.
+    """
     found = list(tensors_in(example_inputs))
     if len(found) != 1:
         raise ExportError(
             f"The gated network has {len(found)} input tensors, expected one image tensor. Wrap it in a module that "
             "takes one."
         )
-    return found
+    return found[0]
 
 
 def _require(parity: GatedParity) -> None:

@@ -21,13 +21,14 @@ class ReachCounter:
     """Counts, image by image, which channels of each group reach a layer that reads them.
 
     A channel of a residual stream reaches its readers as long as any of its writers is open. A depthwise filter passes
-    on what its own gate lets through, but its head sees what it reads, so both gates count.
+    on what its own gate lets through, but its head sees what it reads, so both gates count; without heads, only the
+    first.
     """
 
-    def __init__(self, groups: ChannelGroups, flow: GateFlow) -> None:
+    def __init__(self, groups: ChannelGroups, flow: GateFlow, *, heads: bool = True) -> None:
         self.images = 0
         self._flow = flow
-        self._reads = {group.name: _reading_signals(group, flow) for group in groups}
+        self._reads = {group.name: _reading_signals(group, flow, heads=heads) for group in groups}
         self._counts = {group.name: torch.zeros(group.num_channels) for group in groups}
 
     def add(self, open_channels: Mapping[str, Tensor]) -> None:
@@ -102,7 +103,7 @@ def leak(rates: Mapping[str, Tensor], removed: Mapping[str, Tensor]) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _reading_signals(group: ChannelGroup, flow: GateFlow) -> tuple[Tensor, Tensor]:
+def _reading_signals(group: ChannelGroup, flow: GateFlow, *, heads: bool) -> tuple[Tensor, Tensor]:
     """Returns which channel of a group is read with which signal, ``(R,)`` each; 0 where a reader is not followed."""
     layers: dict[str, list[LayerFlow]] = {}
     for call in flow.layers:
@@ -110,7 +111,7 @@ def _reading_signals(group: ChannelGroup, flow: GateFlow) -> tuple[Tensor, Tenso
     channels, signals = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for member in group.members:
         index, channel = torch.from_numpy(member.index), torch.from_numpy(member.channel)
-        if member.role is Role.DEPTHWISE:  # its head reads what it reads
+        if heads and member.role is Role.DEPTHWISE:  # its head reads what it reads
             for own in layers.get(member.tensor, ()):
                 channels.append(channel)
                 signals.append(torch.from_numpy(own.reads)[index * len(own.reads) // len(own.writes)])

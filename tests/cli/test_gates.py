@@ -277,6 +277,43 @@ def test_a_run_without_a_dense_network_says_so(folder: Path, command: Command, r
     assert "  dense: ×" not in out
 
 
+def test_the_flavour_static_is_a_folder_with_a_file_per_route(folder: Path, command: Command, run: Path) -> None:
+    code, out, err = command(*export(run, "--flavour", "static", "--routes", "2", "--keep", "0.6", out="new/net"))
+
+    assert (0, "") == (code, err)
+    made = folder / "new" / "net"
+    assert {"route-0.onnx", "route-1.onnx", "router.onnx", "routes.json"} == {path.name for path in made.iterdir()}
+    index = json.loads((made / "routes.json").read_text())
+    assert 0.6 == index["keep"]
+    for number, route in enumerate(index["routes"]):
+        assert f"new/net/route-{number}.onnx: {route['share']:.1%} of the images that the routes were found on" in out
+    assert f"new/net/router.onnx: {index['router']['macs_share']:.3f} of the MACs, right for " in out
+    for name, way in index["routings"].items():
+        assert f"  {name}: {way['macs_share']:.3f} of the MACs, accuracy {way['accuracy']:.2%}" in out
+    assert index["remarks"] == [line[6:] for line in out.splitlines() if line.startswith("note: ")]
+    assert "Limits: any runtime and any batch size, but all images of a batch take one route" in out
+
+
+def test_the_flavour_static_as_json_finds_routes_on_training_images_and_judges_them_on_test_images(
+    folder: Path, command: Command, run: Path
+) -> None:
+    code, out, _ = command(*export(run, "--flavour", "static", "--routes", "1", "--images", "12", "--json", out="net"))
+
+    found = facts_of(out)
+    network = load_gated(sys.modules["tiny_for_gates"].build(), run / "run" / "ftwt").eval()
+    train, _ = next(iter(split_batches(open_data("digits", limit=80), "train", 12)))
+    with torch.no_grad():
+        network(train)
+    rates = {layer: float(own.float().mean()) for layer, own in network.gates.open_channels().items()}
+    assert (0, "static", "net", 12) == (code, found["flavour"], found["path"], found["images"])
+    assert {layer: pytest.approx(rate) for layer, rate in rates.items()} == found["routes"][0]["firing_rate"]
+    assert found["router"] is None
+    images, labels = next(iter(split_batches(open_data("digits", limit=80), "test", 12)))
+    with torch.no_grad():
+        accuracy = float((network(images).argmax(1) == labels).float().mean())
+    assert pytest.approx(accuracy) == found["routings"]["gated network"]["accuracy"]
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +340,19 @@ MISTAKES = {
     ),
     "a folder without a gated network": (lambda run: export(run, artefact="dense"), "gated"),
     "a folder that is not there": (lambda run: export(run, artefact="nothing"), "nothing"),
-    "an unknown flavour": (lambda run: export(run, "--flavour", "fast"), "'fast', expected mask, compact or fastest"),
+    "an unknown flavour": (
+        lambda run: export(run, "--flavour", "fast"),
+        "'fast', expected mask, compact, static or fastest",
+    ),
+    "static with fold": (lambda run: export(run, "--flavour", "static", "--fold"), "static has no gates to fold"),
+    "routes of a mask": (lambda run: export(run, "--flavour", "mask", "--routes", "2"), "given with the flavour mask"),
+    "keep by default": (lambda run: export(run, "--keep", "0.5"), "given with the flavour fastest"),
+    "no router of compact": (
+        lambda run: export(run, "--flavour", "compact", "--no-router"),
+        "given with the flavour compact",
+    ),
+    "no route": (lambda run: export(run, "--flavour", "static", "--routes", "0"), "greater than or equal to 1"),
+    "keep above one": (lambda run: export(run, "--flavour", "static", "--keep", "2"), "stays open is 2.0, expected"),
     "mask with fold": (lambda run: export(run, "--flavour", "mask", "--fold"), "mask gathers and folds nothing"),
     "too few images": (lambda run: export(run, "--images", "7"), "greater than or equal to 8"),
     "a mass above one": (lambda run: [*ESTIMATE, "--mass", "1.5"], "The mass is 1.5, expected 0–1"),
