@@ -54,14 +54,13 @@ def main() -> None:
         std=source.std,
     )  # fmt: skip
     test = npe.split_batches(source, "test", 500)
-    rows, latency, gating = compare_variants(variants, out, example, test_batches=test, progress=tell, spec=spec)
+    rows, latency, _ = compare_variants(variants, out, example, test_batches=test, progress=tell, spec=spec)
     job = {**vars(arguments), "num_classes": source.num_classes, "input_shape": list(source.input_shape)}
     results = {variant.name: variant.result for variant in variants if variant.result}
     methods = {name: result_facts(result) for name, result in results.items()}
     curves = {name: [vars(log) for log in result.logs] for name, result in results.items()}
     facts = {"title": f"{arguments.model} on {source.name}, every method", "model": arguments.model, "curves": curves,
-             "data": arguments.data, "seed": arguments.seed, "job": job, "methods": methods,
-             "gating": [own.model_dump(mode="json") for own in gating]}  # fmt: skip
+             "data": arguments.data, "seed": arguments.seed, "job": job, "methods": methods}  # fmt: skip
     write_report(out / "report.json", rows, {**facts, **measurement_facts(latency)})
     write_html(out / "report.html", [RunReport.load(out)])
     write_text(out / "table.md", markdown_table(rows))
