@@ -98,6 +98,7 @@ def export(
     dense: Annotated[Path | None, typer.Option(help="ONNX file of the dense network, timed beside them.")] = None,
     routes: Annotated[int | None, typer.Option(min=1, help="static: how many sub-networks; 3 by default.")] = None,
     keep: Annotated[float | None, typer.Option(help="static: firing rate that keeps a filter, 0.5 by default.")] = None,
+    multiple: Annotated[int | None, typer.Option(min=1, help="static: widths are multiples of this.")] = None,
     no_router: Annotated[bool, typer.Option("--no-router", help="static: write no router.onnx.")] = False,
     image_size: o.ImageSize = None,
     num_classes: o.NumClasses = None,
@@ -127,10 +128,10 @@ def export(
             f"--dense was given, but the flavour {flavour} is written without timing anything, expected fastest. Leave "
             "one of the two out."
         )
-    if flavour != "static" and (routes is not None or keep is not None or no_router):
+    if flavour != "static" and ({routes, keep, multiple} != {None} or no_router):
         raise ConfigError(
-            f"--routes, --keep or --no-router was given with the flavour {flavour}, expected static: no other flavour "
-            "has routes. Leave them out, or ask for --flavour static."
+            f"--routes, --keep, --multiple or --no-router was given with the flavour {flavour}, expected static: no "
+            "other flavour has routes. Leave them out, or ask for --flavour static."
         )
     if flavour == "static" and fold:
         raise ConfigError(
@@ -144,7 +145,16 @@ def export(
     network = _gated_network(job, artefact)
     if flavour == "static":
         found = _export_static(
-            network, job, out, images or CALIBRATION_IMAGES, routes, keep, opset, no_router=no_router, seed=seed
+            network,
+            job,
+            out,
+            images=images or CALIBRATION_IMAGES,
+            routes=3 if routes is None else routes,
+            keep=0.5 if keep is None else keep,
+            multiple=1 if multiple is None else multiple,
+            router=not no_router,
+            opset=opset,
+            seed=seed,
         )
         if json:
             tell_json("done", path=str(found.folder), flavour="static", **found.index.model_dump(mode="json"))
@@ -231,12 +241,13 @@ def _export_static(
     network: GatedNetwork,
     job: Job,
     out: Path,
-    images: int,
-    routes: int | None,
-    keep: float | None,
-    opset: int,
     *,
-    no_router: bool,
+    images: int,
+    routes: int,
+    keep: float,
+    multiple: int,
+    router: bool,
+    opset: int,
     seed: int,
 ) -> RoutedExport:
     """Finds routes on training images and judges them on test images."""
@@ -250,9 +261,10 @@ def _export_static(
         calibration[0],
         given,
         labels,
-        routes=3 if routes is None else routes,
-        keep=0.5 if keep is None else keep,
-        router=not no_router,
+        routes=routes,
+        keep=keep,
+        multiple=multiple,
+        router=router,
         opset=opset,
         seed=seed,
     )

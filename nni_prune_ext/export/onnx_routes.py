@@ -73,7 +73,7 @@ def export_routes(
     routes: int = 3,
     keep: float = 0.5,
     router: bool = True,
-    multiple: int = 4,
+    multiple: int = 1,
     dynamic_batch: bool = True,
     opset: int = 18,
     seed: int = 0,

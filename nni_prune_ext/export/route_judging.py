@@ -27,6 +27,7 @@ FIRST_FOR_ALL, ONE = "route 0 for all", "one sub-network"
 _SAME_ROUTE = 0.99
 """Share of the images for which the written router must name the route that PyTorch names."""
 _HARDLY = 0.2
+_LOSS = 0.02
 _BATCH = 64
 
 
@@ -158,6 +159,12 @@ def remarks(
                 f"router and route together take {routings[BY_ROUTER].macs_share:.2f} of the MACs of the network "
                 "without gates: route by what you know about the images instead"
             )
+    gated, fixed = routings[GATED].accuracy, routings[BY_MASKS].accuracy
+    if gated is not None and fixed is not None and fixed < gated - _LOSS:
+        yield (
+            f"fixed masks cost accuracy: {fixed:.2%} against {gated:.2%} of the gated network, even with the right "
+            "route for every image. A smaller keep or more routes close less"
+        )
     best, one = routings.get(BY_ROUTER, routings[BY_MASKS]), routings[ONE]
     if len(routes) > 1 and one.macs_share <= best.macs_share and _at_least(one.accuracy, best.accuracy):
         yield (

@@ -43,7 +43,7 @@ class SubNetworks:
 
     def __init__(self, network: GatedNetwork, example_inputs: ExampleInputs, *, multiple: int = 1) -> None:
         if multiple < 1:
-            raise ConfigError(f"The multiple is {multiple}, expected 1 or more. 4 is what ONNX Runtime asks for.")
+            raise ConfigError(f"The multiple is {multiple}, expected 1 or more. Leave it out, or pass 4 or 16.")
         self.network, self._example, self._multiple = network, example_inputs, multiple
         everything = {own.layer: torch.ones(own.channels, dtype=torch.bool) for own in network.gates.places}
         model = closed_rows(network, everything)

@@ -278,13 +278,20 @@ def test_a_run_without_a_dense_network_says_so(folder: Path, command: Command, r
 
 
 def test_the_flavour_static_is_a_folder_with_a_file_per_route(folder: Path, command: Command, run: Path) -> None:
-    code, out, err = command(*export(run, "--flavour", "static", "--routes", "2", "--keep", "0.6", out="new/net"))
+    code, out, err = command(
+        *export(run, "--flavour", "static", "--routes", "2", "--keep", "0.6", "--multiple", "4", out="new/net")
+    )
 
     assert (0, "") == (code, err)
     made = folder / "new" / "net"
     assert {"route-0.onnx", "route-1.onnx", "router.onnx", "routes.json"} == {path.name for path in made.iterdir()}
     index = json.loads((made / "routes.json").read_text())
     assert 0.6 == index["keep"]
+    core = load_gated(sys.modules["tiny_for_gates"].build(), run / "run" / "ftwt").model
+    full = {own.out_channels for own in core if isinstance(own, nn.Conv2d)}
+    for route in index["routes"]:
+        dims = [own.dims for own in onnx.load(made / route["file"]).graph.initializer if len(own.dims) == 4]
+        assert all(own[0] % 4 == 0 or own[0] in full for own in dims), "a multiple, as far as there are channels"
     for number, route in enumerate(index["routes"]):
         assert f"new/net/route-{number}.onnx: {route['share']:.1%} of the images that the routes were found on" in out
     assert f"new/net/router.onnx: {index['router']['macs_share']:.3f} of the MACs, right for " in out
@@ -350,6 +357,10 @@ MISTAKES = {
     "no router of compact": (
         lambda run: export(run, "--flavour", "compact", "--no-router"),
         "given with the flavour compact",
+    ),
+    "multiple of mask": (
+        lambda run: export(run, "--flavour", "mask", "--multiple", "4"),
+        "given with the flavour mask",
     ),
     "no route": (lambda run: export(run, "--flavour", "static", "--routes", "0"), "greater than or equal to 1"),
     "keep above one": (lambda run: export(run, "--flavour", "static", "--keep", "2"), "stays open is 2.0, expected"),
