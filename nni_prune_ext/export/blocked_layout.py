@@ -20,7 +20,15 @@ import onnx
 
 from nni_prune_ext.errors import ExportError
 from nni_prune_ext.export.blocked_weights import BlockedWeights
-from nni_prune_ext.export.graph_index import GraphIndex, Shape, attribute, inferred_shapes, names_read, opset_of, remove_unused
+from nni_prune_ext.export.graph_index import (
+    GraphIndex,
+    Shape,
+    attribute,
+    inferred_shapes,
+    names_read,
+    opset_of,
+    remove_unused,
+)
 from nni_prune_ext.export.graph_writer import GraphWriter
 from nni_prune_ext.export.picked_values import PickedValues
 
@@ -54,8 +62,13 @@ def blocked_form(portable: onnx.ModelProto, block: int) -> BlockedForm:
         block: channels per block on the machine at hand.
 
     Raises:
-        ExportError: If no convolution with a computed weight can run in this layout.
+        ExportError: If no convolution with a computed weight can run in this layout, or weights are in a second file.
     """
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in portable.graph.initializer):
+        raise ExportError(
+            "The weights of the graph are in a second file, expected them in the graph, where they are put in another "
+            "order. Use the portable file."
+        )
     model = onnx.ModelProto()
     model.CopyFrom(portable)
     rewriter = _BlockedRewriter(model.graph, inferred_shapes(model), opset_of(model), block)
@@ -63,9 +76,9 @@ def blocked_form(portable: onnx.ModelProto, block: int) -> BlockedForm:
     if not rewriter.blocked:
         reasons = "; ".join(sorted(set(rewriter.left.values()))) or "there is none"
         raise ExportError(
-            f"No convolution with a computed weight can run in blocks of {block} channels: {reasons}. Expected a compact "
-            f"file of a network whose gates open blocks of {block} filters. Train with block={block}, or use the "
-            "portable file."
+            f"No convolution with a computed weight can run in blocks of {block} channels: {reasons}. Expected the "
+            f"compact form of a network whose gates open blocks of {block} filters. Train with block={block}, or use "
+            "the portable file."
         )
     del model.graph.value_info[:]
     remove_unused(model.graph)
@@ -81,7 +94,7 @@ class _Blocked:
     Attributes:
         value: name of the tensor.
         channels: how many channels are real, or None if these are the open ones, all of them real.
-        ranks: 4, or 3 if the graph's own value has no batch axis.
+        rank: 4, or 3 if the graph's own value has no batch axis.
     """
 
     value: str
@@ -220,11 +233,18 @@ class _BlockedRewriter:
             if not channels or channels % self._block or self._shapes.get(factor) != (1, channels, 1, 1):
                 continue
             shape = self._writer.constant(np.array([channels, 1, 1, 1]), f"blocked/factors_{channels}")
-            weight = self._writer.node("Reshape", [self._in_standard_layout(factor), shape], f"{node.output[0]}/factors")
+            weight = self._writer.node(
+                "Reshape", [self._in_standard_layout(factor), shape], f"{node.output[0]}/factors"
+            )
             output = self._output(node.output[0], channels)
             made = onnx.helper.make_node(
-                "Conv", [self._tensors[features].value, weight], [output],
-                name=node.name, domain=DOMAIN, group=channels, kernel_shape=[1, 1],
+                "Conv",
+                [self._tensors[features].value, weight],
+                [output],
+                name=node.name,
+                domain=DOMAIN,
+                group=channels,
+                kernel_shape=[1, 1],
             )
             self._writer.copy(made)
             self._fusable[node.output[0]] = made
@@ -283,13 +303,23 @@ class _BlockedRewriter:
         ground = self._index.writers.get(data)
         if target is None and (ground is None or ground.op_type != "ConstantOfShape"):
             return False
-        if source is None or source.rank != 3 or len(sizes) != 3 or None in sizes or places is None or not sizes[0] or sizes[0] % self._block:
+        if (
+            source is None
+            or source.rank != 3
+            or len(sizes) != 3
+            or None in sizes
+            or places is None
+            or not sizes[0]
+            or sizes[0] % self._block
+        ):
             return False
         blocks = self._weights.blocks(index)
         if blocks is None:
             return False
         channels, length = sizes[0], self._block * math.prod(size for size in sizes[1:] if size)
-        rows = self._reshape(target.value if target else self._in_standard_layout(data), (channels // self._block, length))
+        rows = self._reshape(
+            target.value if target else self._in_standard_layout(data), (channels // self._block, length)
+        )
         new = self._reshape(source.value, (-1, length))
         reduction = attribute(node, "reduction")
         settings = {"reduction": reduction.decode()} if isinstance(reduction, bytes) else {}
@@ -312,10 +342,9 @@ class _BlockedRewriter:
     def _in_blocks(self, name: str) -> str:
         """Returns the blocked tensor of a ``(1, C, H, W)`` value, and writes it if it is not there."""
         if name not in self._tensors:
-            output = self._writer.fresh(f"{name}/blocked")
-            node = onnx.helper.make_node("ReorderInput", [self._in_standard_layout(name)], [output], name=output, domain=DOMAIN)
-            self._writer.copy(node)
-            self._tensors[name] = _Blocked(output, self._shapes[name][1])
+            source = self._in_standard_layout(name)
+            value = self._writer.node("ReorderInput", [source], f"{name}/blocked", domain=DOMAIN)
+            self._tensors[name] = _Blocked(value, self._shapes[name][1])
         return self._tensors[name].value
 
     def _in_standard_layout(self, name: str) -> str:
@@ -324,18 +353,14 @@ class _BlockedRewriter:
         if tensor is None or name in self._standard:
             return name
         self._standard.add(name)
-        whole = name if tensor.rank == 4 else self._writer.fresh(f"{name}/batch")
+        whole = name if tensor.rank == 4 else f"{name}/batch"
         if tensor.channels is None:
-            height, width = self._shapes[name][-2:]
+            height, width = (size or 0 for size in self._shapes[name][-2:])  # they are known, or it had no blocks
             blocks = self._reshape(tensor.value, (-1, height, width, self._block))
             rows = self._writer.node("Transpose", [blocks], f"{name}/rows", perm=[0, 3, 1, 2])
-            shape = self._writer.constant(np.array([1, -1, height, width]), f"blocked/shape_{height}_{width}")
-            self._writer.node("Reshape", [rows, shape], whole)
+            whole = self._weights.reshape(rows, (1, -1, height, width), whole)
         else:
-            node = onnx.helper.make_node(
-                "ReorderOutput", [tensor.value], [whole], name=f"{name}/ReorderOutput", domain=DOMAIN, channels=tensor.channels
-            )
-            self._writer.copy(node)
+            whole = self._writer.node("ReorderOutput", [tensor.value], whole, domain=DOMAIN, channels=tensor.channels)
         if tensor.rank == 3:
             axis = self._writer.constant(np.array([0]), "blocked/batch_axis")
             self._writer.node("Squeeze", [whole, axis], name)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nni_prune_ext.export.graph_index import Array
 from nni_prune_ext.export.graph_writer import GraphWriter
-from nni_prune_ext.export.picked_values import PickedValues
+from nni_prune_ext.export.picked_values import Picked, PickedValues
 
 
 class BlockedWeights:
@@ -72,12 +72,13 @@ class BlockedWeights:
 
     def _write_blocks(self, name: str) -> str | None:
         found = self._picked.find(name)
-        if found is None or set(found.indices) != {0} or self._picked.blocks[found.indices[0]] * self._block != found.value.size:
+        index = found.indices.get(0) if found and len(found.indices) == 1 else None
+        if found is None or index is None or found.value.size != self._picked.blocks[index] * self._block:
             return None
         channels = found.value.reshape(-1, self._block)
-        if not np.array_equal(channels, channels[:, :1] // self._block * self._block + np.arange(self._block)):
+        numbers = channels[:, 0].astype(np.int64) // self._block
+        if not np.array_equal(channels, numbers[:, None] * self._block + np.arange(self._block)):
             return None
-        numbers, index = channels[:, 0] // self._block, found.indices[0]
         if np.array_equal(numbers, np.arange(len(numbers))):
             return self.reshape(index, (-1, 1), f"{name}/blocks")
         stored = self._writer.constant(numbers[:, None], f"{name}/of_blocks")
@@ -88,7 +89,7 @@ class BlockedWeights:
         target = self._writer.constant(np.array(shape), "blocked/shape_" + "_".join(map(str, shape)).replace("-1", "n"))
         return self._writer.node("Reshape", [source, target], name)
 
-    def _found(self, name: str) -> Array:
+    def _found(self, name: str) -> Picked:
         found = self._picked.find(name)
         assert found is not None, "only known weights are stored in blocks"
         return found

@@ -56,14 +56,15 @@ class PickedValues:
         nodes = self._chain(name)
         if nodes is None:
             return None
-        read = {own for node in nodes for own in node.input}
-        lists = sorted(read & self.blocks.keys())
-        evaluate = self._evaluator(name, nodes, lists)
-        everything = {own: np.arange(self.blocks[own]) for own in lists}
-        value, indices = evaluate(everything), dict[int, str]()
+        lists = sorted({own for node in nodes for own in node.input} & self.blocks.keys())
+        reference = self._reference(name, nodes, lists)
+        everything: dict[str, Array] = {own: np.arange(self.blocks[own]) for own in lists}
+        value = np.asarray(reference.run(None, everything)[0])
+        indices: dict[int, str] = {}
         for own in lists:
             some = np.arange(self.blocks[own])[::2]
-            axis = _picked_axis(value, evaluate({**everything, own: some}), self.blocks[own], some)
+            kept = np.asarray(reference.run(None, {**everything, own: some})[0])
+            axis = _picked_axis(value, kept, self.blocks[own], some)
             if axis is None or axis in indices:
                 return None
             indices[axis] = own
@@ -86,24 +87,16 @@ class PickedValues:
 
         return list(found.values()) if visit(name) else None
 
-    def _evaluator(self, name: str, nodes: list[onnx.NodeProto], lists: list[str]) -> _Evaluator:
-        constants = {own: self._index.constants[own] for node in nodes for own in node.input if own in self._index.constants}
+    def _reference(self, name: str, nodes: list[onnx.NodeProto], lists: list[str]) -> ReferenceEvaluator:
+        """Returns what computes a value from lists of open blocks."""
+        read = {own for node in nodes for own in node.input}
+        constants = [self._index.constants[own] for own in sorted(read & self._index.constants.keys())]
         ports = [onnx.helper.make_tensor_value_info(own, onnx.TensorProto.INT64, [None]) for own in lists]
         result = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None)
-        graph = onnx.helper.make_graph(nodes, "picked", ports, [result], list(constants.values()))
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
-        return _Evaluator(ReferenceEvaluator(model))
-
-
-class _Evaluator:
-    """Computes one value from lists of open blocks."""
-
-    def __init__(self, reference: ReferenceEvaluator) -> None:
-        self._reference = reference
-
-    def __call__(self, lists: Mapping[str, Array]) -> Array:
-        (value,) = self._reference.run(None, dict(lists))
-        return np.asarray(value)
+        graph = onnx.helper.make_graph(nodes, "picked", ports, [result], constants)
+        return ReferenceEvaluator(
+            onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
+        )
 
 
 def _index_lists(index: GraphIndex, shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -119,13 +112,12 @@ def _index_lists(index: GraphIndex, shapes: Mapping[str, Shape]) -> dict[str, in
     return found
 
 
-def _picked_axis(value: Array, some: Array, blocks: int, kept: Array) -> int | None:
-    """Returns the axis of a value of which some blocks were kept, or None if there is no such axis."""
-    if len(kept) == blocks or value.ndim != some.ndim:
+def _picked_axis(value: Array, kept: Array, blocks: int, some: Array) -> int | None:
+    """Returns the axis of which some blocks were kept, or None if that is not what happened, or one block is all."""
+    if value.ndim != kept.ndim:
         return None
-    for axis, size in enumerate(value.shape):
-        if size != some.shape[axis]:
-            places = np.arange(size).reshape(blocks, -1)[kept].reshape(-1) if size % blocks == 0 else kept
-            expected = np.take(value, places, axis=axis)
-            return axis if np.array_equal(expected, some) else None
-    return None
+    axes = [axis for axis, size in enumerate(value.shape) if size != kept.shape[axis]]
+    if len(axes) != 1 or value.shape[axes[0]] % blocks:
+        return None
+    places = np.arange(value.shape[axes[0]]).reshape(blocks, -1)[some].reshape(-1)
+    return axes[0] if np.array_equal(value.take(places, axis=axes[0]), kept) else None
