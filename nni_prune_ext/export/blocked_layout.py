@@ -187,8 +187,9 @@ class _BlockedRewriter:
             if axis in weight.indices and size != self._picked.blocks[weight.indices[axis]] * self._block:
                 opened = size // self._picked.blocks[weight.indices[axis]]
                 return f"its {what} open in blocks of {opened}"
-        if 1 not in weight.indices and weight.value.shape[1] % 4 and weight.value.shape[1] > self._block:
-            return f"it has {weight.value.shape[1]} input channels, no multiple of 4"
+        inputs = weight.value.shape[1]
+        if inputs % 4 and inputs >= self._block and node.input[0] not in self._tensors:
+            return f"it has {inputs} input channels, and ONNX Runtime reorders multiples of 4 only"
         return None
 
     def _relu(self, node: onnx.NodeProto) -> bool:

@@ -59,16 +59,16 @@ class PickedValues:
         lists = sorted({own for node in nodes for own in node.input} & self.blocks.keys())
         reference = self._reference(name, nodes, lists)
         everything: dict[str, Array] = {own: np.arange(self.blocks[own]) for own in lists}
-        value = np.asarray(reference.run(None, everything)[0])
+        (value,) = reference.run(None, everything)
         indices: dict[int, str] = {}
         for own in lists:
             some = np.arange(self.blocks[own])[::2]
-            kept = np.asarray(reference.run(None, {**everything, own: some})[0])
-            axis = _picked_axis(value, kept, self.blocks[own], some)
+            (kept,) = reference.run(None, {**everything, own: some})
+            axis = _picked_axis(np.asarray(value), np.asarray(kept), self.blocks[own], some)
             if axis is None or axis in indices:
                 return None
             indices[axis] = own
-        return Picked(value, indices)
+        return Picked(np.asarray(value), indices)
 
     def _chain(self, name: str) -> list[onnx.NodeProto] | None:
         """Returns the nodes that compute a value from constants and lists of open blocks, in order, if it is so."""
