@@ -20,9 +20,11 @@ from nni_prune_ext.runtimes.onnxruntime_blocks import host_block_size
 pytestmark = pytest.mark.skipif(host_block_size() is None, reason="this machine has no blocked layout")
 
 
-def pictures(count: int = 16) -> list[np.ndarray]:
+def pictures(count: int = 8) -> list[np.ndarray]:
     random = np.random.default_rng(1)
-    return list((random.uniform(0.2, 2.5, (count, 1, 3, 1, 1)) * random.normal(0, 1, (count, 1, 3, SIZE, SIZE))).astype("f4"))
+    return list(
+        (random.uniform(0.2, 2.5, (count, 1, 3, 1, 1)) * random.normal(0, 1, (count, 1, 3, SIZE, SIZE))).astype("f4")
+    )
 
 
 def portable(network: object = chain, units: object = in_order, gathered: list[str] | None = None) -> onnx.ModelProto:
@@ -41,8 +43,10 @@ def blocked_operators(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in model.graph.node if node.domain == DOMAIN]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [*((name, order) for name in NETS for order in ("in order", "filters mixed")), ("basic", "blocks swapped")],
+)
 def test_the_blocked_form_computes_what_the_portable_one_computes(name: str, order: str) -> None:
     network, expected = NETS[name]
     model = portable(network, ORDERS[order])
@@ -73,9 +77,11 @@ def _group(node: onnx.NodeProto) -> int:
 
 
 def test_a_chain_is_reordered_nowhere() -> None:
-    assert ["Conv", "MaxPool", "GlobalMaxPool", "Conv", "GlobalMaxPool", "Conv", "GlobalAveragePool"] == sorted(
-        blocked_operators(blocked_form(portable(), BLOCK).model), key=["Conv"].count
-    ) or {"ReorderInput", "ReorderOutput"}.isdisjoint(blocked_operators(blocked_form(portable(), BLOCK).model))
+    operators = blocked_operators(blocked_form(portable(), BLOCK).model)
+
+    assert ["Conv", "Conv", "Conv", "GlobalAveragePool", "GlobalMaxPool", "GlobalMaxPool", "MaxPool"] == sorted(
+        operators
+    )
 
 
 def test_a_residual_stream_is_reordered_nowhere_if_blocks_are_whole() -> None:
