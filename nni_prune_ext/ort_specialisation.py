@@ -40,7 +40,6 @@ _ENTRY = PREFIX + "specialised"
 _FACTS = ("latency_ratio", "blocked", "left")
 """Attributes of `Specialised` that an entry remembers."""
 _DecodeError: type[Exception] = importlib.import_module("google.protobuf.message").DecodeError  # it has no type hints
-_NO_BLOCKS = "ONNX Runtime has no blocked layout on this machine"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def specialise_ort_cpu(
 
     Raises:
         ConfigError: too few images, or images of another shape than the file takes.
-        ModelError: the portable file cannot be read, or takes something else than one image.
+        ModelError: the portable file cannot be read, or takes something else than images of one size.
         OutputError: the cache cannot be written.
     """
     if len(images) < FEWEST_IMAGES:
@@ -100,19 +99,17 @@ def specialise_ort_cpu(
             "a gated network depends on the image. Pass more images."
         )
     model, digest = _read(portable)
-    singles = _singles(model, images)
-    block = host_block_size()
-    result = Specialised(portable, portable, None, block)
-    if block is None:
-        return replace(result, reason=_NO_BLOCKS)
+    singles, result = _singles(model, images), _started(portable, model)
+    if result.reason is not None or result.block is None:
+        return result
     try:
-        form = blocked_form(model, block)
+        form = blocked_form(model, result.block)
     except ExportError as error:
         return replace(result, reason=str(error))
     result = _compared(replace(result, blocked=form.blocked, left=form.left), model, form.model, singles)
-    if result.reason is not None:
+    if result.reason is not None or result.block is None:
         return result
-    key = _key(digest, block)
+    key = _key(digest, result.block)
     entry = _entry(cache_folder, portable, key)
     _make_folder(entry.parent)
     with temporary_folder_beside(entry) as folder:
@@ -140,15 +137,13 @@ def open_specialised(portable: Path, *, cache_folder: Path | None = None, images
 
     Raises:
         ConfigError: images of another shape than the file takes.
-        ModelError: the portable file cannot be read, or takes something else than one image.
+        ModelError: the portable file cannot be read, or takes something else than images of one size.
     """
     model, digest = _read(portable)
-    singles = _singles(model, images)
-    block = host_block_size()
-    result = Specialised(portable, portable, None, block)
-    if block is None:
-        return replace(result, reason=_NO_BLOCKS)
-    key = _key(digest, block)
+    singles, result = _singles(model, images), _started(portable, model)
+    if result.reason is not None or result.block is None:
+        return result
+    key = _key(digest, result.block)
     entry = _entry(cache_folder, portable, key)
     try:
         found, facts = _checked(entry, key)
@@ -161,12 +156,12 @@ def open_specialised(portable: Path, *, cache_folder: Path | None = None, images
 
 
 def taken_shape(portable: Path) -> tuple[int, int, int]:
-    """Returns the shape ``(C, H, W)`` of the one image that a file takes.
+    """Returns the shape ``(C, H, W)`` of the images that a file takes.
 
     Raises:
         ModelError: the file cannot be read, or takes something else.
     """
-    return _taken_shape(_read(portable)[0])
+    return _taken_shape(_read(portable)[0])[1:]
 
 
 def _read(portable: Path) -> tuple[onnx.ModelProto, str]:
@@ -182,15 +177,26 @@ def _read(portable: Path) -> tuple[onnx.ModelProto, str]:
         ) from error
 
 
-def _taken_shape(model: onnx.ModelProto) -> tuple[int, int, int]:
+def _taken_shape(model: onnx.ModelProto) -> tuple[int, int, int, int]:
+    """Returns the shape of the images that a graph takes; an open number of images is 0."""
     ports = [[size.dim_value for size in port.type.tensor_type.shape.dim] for port in model.graph.input]
-    if len(ports) != 1 or len(ports[0]) != 4 or ports[0][0] != 1 or 0 in ports[0]:
+    if len(ports) != 1 or len(ports[0]) != 4 or 0 in ports[0][1:]:
         raise ModelError(
-            f"The file takes inputs of the shapes {ports}, 0 for open sizes, expected one image, [1, C, H, W]. Give a "
-            "file of the flavour compact."
+            f"The file takes inputs of the shapes {ports}, 0 for open sizes, expected images of one size, "
+            "(N, C, H, W). Give the file of a gated network, of the flavour compact."
         )
-    _, channels, height, width = ports[0]
-    return channels, height, width
+    number, channels, height, width = ports[0]
+    return number, channels, height, width
+
+
+def _started(portable: Path, model: onnx.ModelProto) -> Specialised:
+    """Returns the portable file, with a reason if it cannot be specialised in any case."""
+    result = Specialised(portable, portable, None, host_block_size())
+    if result.block is None:
+        return replace(result, reason="ONNX Runtime has no blocked layout on this machine")
+    if _taken_shape(model)[0] != 1:
+        return replace(result, reason="it takes several images, and only a file of the flavour compact is specialised")
+    return result
 
 
 def _singles(model: onnx.ModelProto, images: Tensor | None) -> list[Array]:
@@ -198,9 +204,9 @@ def _singles(model: onnx.ModelProto, images: Tensor | None) -> list[Array]:
 
     Raises:
         ConfigError: the images have another shape.
-        ModelError: the file takes something else than one image.
+        ModelError: the file takes something else than images.
     """
-    shape = _taken_shape(model)
+    shape = _taken_shape(model)[1:]
     if images is None:
         noise = np.random.default_rng(0).normal(0, 1, (FEWEST_IMAGES, 1, *shape)).astype(np.float32)
         return [own * scale for own, scale in zip(noise, np.geomspace(0.25, 4, FEWEST_IMAGES, dtype=np.float32))]

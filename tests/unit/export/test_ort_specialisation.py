@@ -358,6 +358,17 @@ def test_a_network_in_other_blocks_runs_the_portable_file(
     assert_portable(made, portable, f"in blocks of {BLOCK // 2} channels: its filters open in blocks of {BLOCK}")
 
 
+def test_masks_run_as_they_are(cache: Path, images: Tensor, tmp_path: Path) -> None:
+    net = Net()
+    onnx.save(mask_form(net.model(chain(net, in_order))), tmp_path / "mask.onnx")
+
+    for found in (
+        specialise_ort_cpu(tmp_path / "mask.onnx", images, cache_folder=cache),
+        open_specialised(tmp_path / "mask.onnx", cache_folder=cache),
+    ):
+        assert_portable(found, tmp_path / "mask.onnx", "it takes several images")
+
+
 def test_it_is_really_measured(portable: Path, cache: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 
@@ -379,10 +390,11 @@ def test_mistakes_are_told(portable: Path, cache: Path, images: Tensor, tmp_path
     (tmp_path / "text.onnx").write_text("not an ONNX file at all")
     with pytest.raises(ModelError, match=r"text.onnx' cannot be read"):
         specialise_ort_cpu(tmp_path / "text.onnx", images)
-    net = Net()
-    onnx.save(mask_form(net.model(chain(net, in_order))), tmp_path / "mask.onnx")
-    with pytest.raises(ModelError, match=r"\[\[0, 3, 7, 7\]\], 0 for open sizes, expected one image"):
-        specialise_ort_cpu(tmp_path / "mask.onnx", images)
+    model = compact()
+    model.graph.input[0].type.tensor_type.shape.dim[3].ClearField("dim_value")
+    onnx.save(model, tmp_path / "open.onnx")
+    with pytest.raises(ModelError, match=r"\[\[1, 3, 7, 0\]\], 0 for open sizes, expected images of one size"):
+        specialise_ort_cpu(tmp_path / "open.onnx", images)
 
 
 def test_a_cache_that_cannot_be_written_is_told(portable: Path, images: Tensor, tmp_path: Path) -> None:
