@@ -198,7 +198,7 @@ class _BlockedRewriter:
         if conv is None:
             return False
         conv.attribute.append(onnx.helper.make_attribute("activation", "Relu"))
-        self._take_over(conv, node.output[0], self._tensors[node.input[0]].channels)
+        conv.output[0] = self._output(node.output[0], self._tensors[node.input[0]].channels)
         return True
 
     def _adding(self, node: onnx.NodeProto) -> bool:
@@ -207,30 +207,27 @@ class _BlockedRewriter:
             return False
         for own, other in (tuple(node.input), tuple(reversed(node.input))):
             conv = self._only_reader(own)
-            if conv is None or own == other:
+            if conv is None or own == other or len(conv.input) > 3:  # it adds to something already
                 continue
             self._writer.nodes.remove(conv)
             conv.input.extend([""] * (3 - len(conv.input)))
             conv.input.append(self._tensors[other].value)
-            self._take_over(conv, node.output[0], self._tensors[own].channels)
+            conv.output[0] = self._output(node.output[0], self._tensors[own].channels)
             self._writer.copy(conv)
             self._fusable[node.output[0]] = conv
             return True
         return False
 
     def _only_reader(self, name: str) -> onnx.NodeProto | None:
-        """Returns the convolution that writes a value which nothing else reads, and which has no activation."""
+        """Returns the convolution, without activation, that writes a value which one node alone reads."""
         conv = self._fusable.get(name)
         return conv if conv is not None and self._index.readers[name] == 1 else None
-
-    def _take_over(self, conv: onnx.NodeProto, name: str, channels: int | None) -> None:
-        """Lets a convolution write what the node behind it would have written."""
-        conv.output[0] = self._output(name, channels)
 
     def _masking(self, node: onnx.NodeProto) -> bool:
         """Multiplies channels with one number each: a depthwise convolution of one pixel, which is quick."""
         for features, factor in (tuple(node.input), tuple(reversed(node.input))):
-            channels = self._tensors[features].channels if features in self._tensors else None
+            tensor = self._tensors.get(features)
+            channels = tensor.channels if tensor is not None and tensor.rank == 4 else None
             if not channels or channels % self._block or self._shapes.get(factor) != (1, channels, 1, 1):
                 continue
             shape = self._writer.constant(np.array([channels, 1, 1, 1]), f"blocked/factors_{channels}")

@@ -116,6 +116,14 @@ def dense_block(net: Net, units: Units) -> str:
     return net.classify(net.op("Concat", first, second, axis=1), 5 * BLOCK)
 
 
+def additions(net: Net, units: Units) -> str:
+    """A convolution can add to one tensor only."""
+    x = net.op("Relu", gated_conv(net, "input", 3, units(3)))
+    first, second, third = (net.conv(x, 3 * BLOCK, 2 * BLOCK) for _ in range(3))
+    total = net.op("Add", net.op("Add", net.op("Add", first, second), third), first)
+    return net.classify(net.op("Add", total, total), 2 * BLOCK)
+
+
 def squeeze_excite(net: Net, units: Units) -> str:
     x = net.op("HardSwish", gated_conv(net, "input", 3, units(4)))
     squeezed = net.op("Relu", net.conv(net.op("GlobalAveragePool", x), 4 * BLOCK, BLOCK, kernel=1))
@@ -156,6 +164,7 @@ NETS: dict[str, tuple[Callable[[Net, Units], str], int]] = {
     "average pools": (average_pools, 2),
     "background": (background, 1),
     "dense block": (dense_block, 1),
+    "additions": (additions, 4),
     "squeeze and excite": (squeeze_excite, 3),
     "flattened picture": (flattened_picture, 2),
     "single pixel": (single_pixel, 2),
