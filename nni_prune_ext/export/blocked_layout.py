@@ -156,7 +156,8 @@ class _BlockedRewriter:
         assert weight is not None, "a convolution without reason against it has a known weight"
         inputs = weight.value.shape[1]
         first = inputs < self._block and node.input[0] not in self._tensors
-        source = self._in_standard_layout(node.input[0]) if first else self._in_blocks(node.input[0])
+        columns = None if 1 in weight.indices else inputs
+        source = self._in_standard_layout(node.input[0]) if first else self._in_blocks(node.input[0], columns)
         bias = list(node.input[2:3])
         if bias and bias[0] and 0 not in weight.indices:
             bias = [self._weights.bias(bias[0])]
@@ -187,6 +188,8 @@ class _BlockedRewriter:
             if axis in weight.indices and size != self._picked.blocks[weight.indices[axis]] * self._block:
                 opened = size // self._picked.blocks[weight.indices[axis]]
                 return f"its {what} open in blocks of {opened}"
+        if any(node.input[2:]) and 0 not in weight.indices and node.input[2] not in self._index.constants:
+            return "its bias is computed"
         inputs = weight.value.shape[1]
         if inputs % 4 and inputs >= self._block and node.input[0] not in self._tensors:
             return f"it has {inputs} input channels, and ONNX Runtime reorders multiples of 4 only"
@@ -337,12 +340,12 @@ class _BlockedRewriter:
         self._tensors[name] = _Blocked(output, channels)
         return output
 
-    def _in_blocks(self, name: str) -> str:
+    def _in_blocks(self, name: str, channels: int | None) -> str:
         """Returns the blocked tensor of a ``(1, C, H, W)`` value, and writes it if it is not there."""
         if name not in self._tensors:
             source = self._in_standard_layout(name)
             value = self._writer.node("ReorderInput", [source], f"{name}/blocked", domain=DOMAIN)
-            self._tensors[name] = _Blocked(value, self._shapes[name][1])
+            self._tensors[name] = _Blocked(value, channels)
         return self._tensors[name].value
 
     def _in_standard_layout(self, name: str) -> str:

@@ -203,3 +203,24 @@ def test_the_probe_says_what_onnx_runtime_writes(tmp_path: object) -> None:
     (conv,) = (node for node in saved.node if node.op_type == "Conv")
     sizes = {tensor.name: numpy_helper.to_array(tensor).shape for tensor in saved.initializer}
     assert host_block_size() == sizes[conv.input[1]][0]
+
+
+def test_a_computed_bias_of_all_filters_keeps_a_convolution_in_the_standard_layout() -> None:
+    model = portable(inner_only)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    second = next(own for own in convolutions if own.input[1] not in constants and own.input[2] in constants)
+    nodes = [
+        onnx.helper.make_node("ReduceSum", ["input"], ["sum"], name="sum", keepdims=0),
+        onnx.helper.make_node("Add", [second.input[2], "sum"], ["bias"], name="bias"),
+    ]
+    second.input[2] = "bias"
+    nodes += [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    name = second.name
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+    form = blocked_form(model, BLOCK)
+
+    assert {name: "its bias is computed"} == form.left
+    assert_equal(model, form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +90,7 @@ def test_the_specialised_file_computes_what_the_portable_one_does(
     assert ((made.path,), None) == (tuple(cache.iterdir()), made.reason)
     assert (BLOCK, 0.5, 3, {}) == (made.block, made.latency_ratio, len(made.blocked), made.left)
     assert made.parity is not None
-    assert (8, 8) == (made.parity.images, made.parity.compared)
+    assert 8 == made.parity.compared
     assert DOMAIN in {node.domain for node in onnx.load(made.path).graph.node}
     expected = outputs(portable, images)
     assert np.abs(expected - outputs(made.path, images)).max() <= 1e-5 * np.abs(expected).max()
@@ -105,13 +104,6 @@ def test_it_is_found_again_and_compared_again(made: Specialised, portable: Path,
         assert found.parity is not None
         assert found.parity.passed
         assert 0.1 < found.parity.firing_rate < 0.95
-
-
-def test_the_facts_are_json(made: Specialised, portable: Path) -> None:
-    facts = json.loads(json.dumps(made.to_dict()))
-
-    assert (str(made.path), str(portable), None) == (facts["path"], facts["portable"], facts["reason"])
-    assert facts["parity"]["passed"]
 
 
 def test_the_cache_file_does_not_pose_as_an_export(portable: Path, cache: Path, images: Tensor) -> None:
@@ -214,12 +206,6 @@ def _no_facts(content: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def _facts_of_another_kind(content: bytes) -> bytes:
-    model = onnx.load_model_from_string(content)
-    onnx.helper.set_model_props(model, {"nni_prune_ext.specialised": "[1, 2]"})
-    return model.SerializeToString()
-
-
 DAMAGE = {
     "empty": lambda content: b"",
     "no ONNX": lambda content: b"not an ONNX file at all",
@@ -227,7 +213,7 @@ DAMAGE = {
     "one bit": _flipped,
     "other facts": _other_facts,
     "no facts": _no_facts,
-    "facts of another kind": _facts_of_another_kind,
+    "facts of another kind": lambda content: content.replace(b'{"key": ', b'[{"key": '),
 }
 
 
@@ -258,8 +244,7 @@ def test_a_damaged_entry_is_replaced_by_specialising_again(
 ) -> None:
     made.path.write_bytes(b"damaged")
 
-    assert made.path == specialise_ort_cpu(portable, images, cache_folder=cache).path
-
+    assert made == specialise_ort_cpu(portable, images, cache_folder=cache)
     assert made.path == open_specialised(portable, cache_folder=cache).path
 
 
@@ -303,8 +288,6 @@ def test_an_entry_that_computes_something_else_today_is_not_run(
     found = open_specialised(portable, cache_folder=cache)
 
     assert_portable(found, portable, "it does not compute what the portable file computes")
-    assert found.parity is not None
-    assert not found.parity.passed
 
 
 def test_an_entry_that_onnx_runtime_cannot_run_is_not_run(
@@ -374,8 +357,7 @@ def test_it_is_really_measured(portable: Path, cache: Path, images: Tensor, monk
 
     made = specialise_ort_cpu(portable, images, cache_folder=cache, rounds=2, min_seconds=0)
 
-    assert made.latency_ratio is not None
-    assert made.latency_ratio > 0
+    assert (made.latency_ratio or 0) > 0
 
 
 def test_mistakes_are_told(portable: Path, cache: Path, images: Tensor, tmp_path: Path) -> None:
@@ -407,12 +389,12 @@ def test_a_cache_that_cannot_be_written_is_told(portable: Path, images: Tensor, 
 def test_a_full_disk_leaves_nothing_behind(
     portable: Path, cache: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, content: bytes) -> int:
-        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", _full)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-
-    with pytest.raises(OutputError, match="The cache cannot take .* No space left"):
+    with pytest.raises(OutputError, match=r"The cache cannot take .* No space left"):
         specialise_ort_cpu(portable, images, cache_folder=cache)
-
     assert [] == list(cache.iterdir())
+
+
+def _full(path: Path, content: bytes) -> int:
+    raise OSError(28, "No space left on device")
