@@ -87,6 +87,11 @@ def standard_input_of_odd_width(net: Net, units: Units) -> str:
     return net.classify(gated_conv(net, gated_conv(net, x, BLOCK + 1, units(3)), 3 * BLOCK, units(2)), 2 * BLOCK)
 
 
+def standard_shortcut(net: Net, units: Units) -> str:
+    shortcut = net.op("Transpose", net.conv("input", 3, 4 * BLOCK), perm=[0, 1, 3, 2])
+    return net.classify(net.op("Add", gated_conv(net, "input", 3, units(4)), shortcut), 4 * BLOCK)
+
+
 def read_twice(net: Net, units: Units) -> str:
     x = net.op("Relu", gated_conv(net, "input", 3, units(4)))
     left, right = gated_conv(net, x, 4 * BLOCK, units(3)), net.conv(x, 4 * BLOCK, 3 * BLOCK, kernel=1)
@@ -129,8 +134,10 @@ def squeeze_excite(net: Net, units: Units) -> str:
     squeezed = net.op("Relu", net.conv(net.op("GlobalAveragePool", x), 4 * BLOCK, BLOCK, kernel=1))
     x = net.op("Mul", x, net.op("HardSigmoid", net.conv(squeezed, BLOCK, 4 * BLOCK, kernel=1)))
     x = net.op("Relu", gated_conv(net, x, 4 * BLOCK, units(2), kernel=1))
-    full = net.conv(x, 2 * BLOCK, 2 * BLOCK)
-    return net.classify(net.op("Mul", net.op("Sigmoid", net.op("GlobalAveragePool", full)), full), 2 * BLOCK)
+    for inputs, outputs in ((2 * BLOCK, 2 * BLOCK), (2 * BLOCK, BLOCK + 4)):
+        x = net.conv(x, inputs, outputs)
+        x = net.op("Mul", net.op("Sigmoid", net.op("GlobalAveragePool", x)), x)
+    return net.classify(x, BLOCK + 4)
 
 
 def flattened_picture(net: Net, units: Units) -> str:
@@ -160,6 +167,7 @@ NETS: dict[str, tuple[Callable[[Net, Units], str], int]] = {
     "bottleneck": (bottleneck, 4),
     "odd widths": (odd_widths, 4),
     "standard input of odd width": (standard_input_of_odd_width, 1),
+    "standard shortcut": (standard_shortcut, 1),
     "read twice": (read_twice, 3),
     "average pools": (average_pools, 2),
     "background": (background, 1),

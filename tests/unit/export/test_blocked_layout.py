@@ -169,24 +169,28 @@ def test_weights_in_a_second_file_are_refused() -> None:
         blocked_form(model, BLOCK)
 
 
-def test_a_weight_that_is_not_only_picked_from_is_left() -> None:
+@pytest.mark.parametrize("source", ["Gemm", "NonZero"])
+def test_a_weight_that_is_not_only_picked_from_is_left(source: str) -> None:
+    """Open filters are multiplied with a number that depends on the image, or on which filters are open."""
     model = portable()
-    scaled = next(node for node in model.graph.node if node.op_type == "Conv")
-    nodes = list(model.graph.node)
-    factor = onnx.helper.make_node("Mul", [scaled.input[1], "logit"], ["scaled_weight"], name="scaled_weight")
-    logits = next(node.output[0] for node in nodes if node.op_type == "Gemm")
-    mean = onnx.helper.make_node("ReduceMean", [logits], ["logit"], name="logit", keepdims=0)
-    scaled.input[1] = "scaled_weight"
-    place = next(index for index, node in enumerate(nodes) if node.name == scaled.name)
-    changed = [*nodes[:place], mean, factor, scaled, *nodes[place + 1 :]]
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    place = next(index for index, node in enumerate(nodes) if node.op_type == "Conv")
+    numbers = next(node.output[0] for node in nodes if node.op_type == source)
+    if source == "NonZero":
+        numbers = next(node.output[0] for node in nodes if node.op_type == "Gather" and node.input[0] == numbers)
+    inserted = [
+        onnx.helper.make_node("Cast", [numbers], ["numbers"], name="numbers", to=TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMean", ["numbers"], ["mean"], name="mean", keepdims=0),
+        onnx.helper.make_node("Mul", [nodes[place].input[1], "mean"], ["scaled"], name="scaled"),
+    ]
+    nodes[place].input[1] = "scaled"
     del model.graph.node[:]
-    model.graph.node.extend(changed)
+    model.graph.node.extend([*nodes[:place], *inserted, *nodes[place:]])
 
     form = blocked_form(model, BLOCK)
 
-    assert ["its weight is computed in another way than by picking filters and input channels"] == list(
-        form.left.values()
-    )
+    reason = "its weight is computed in another way than by picking filters and input channels"
+    assert {nodes[place].name: reason} == form.left
     assert_equal(model, form)
 
 
