@@ -79,6 +79,9 @@ _PUBLIC = {
     "export_routes": "export.onnx_routes",
     "FastestFlavour": "gated_deployment",
     "export_fastest": "gated_deployment",
+    "Specialised": "ort_specialisation",
+    "open_specialised": "ort_specialisation",
+    "specialise_ort_cpu": "ort_specialisation",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
     "Checkpoints": "checkpoints",
@@ -130,6 +133,7 @@ if TYPE_CHECKING:
     from nni_prune_ext.methods.options import search_space
     from nni_prune_ext.methods.trained_decoder import JointLoss, joint_loss
     from nni_prune_ext.models.loading import build_model, load_weights, save_weights
+    from nni_prune_ext.ort_specialisation import Specialised, open_specialised, specialise_ort_cpu
     from nni_prune_ext.pipeline import PruneResult, prune
     from nni_prune_ext.plan import PruningPlan, plan_from_channels, plan_from_masks, plan_to_masks
     from nni_prune_ext.recipes import Recipe, load_recipe

@@ -1,11 +1,12 @@
-"""How fast gated networks run on ONNX Runtime's CPU at a given firing rate: masks, open filters only, a static network.
+"""How fast gated networks run on ONNX Runtime's CPU at a given firing rate: masks, open filters only, static networks.
 
 Weights are random or given, heads are set, layer by layer, so that every unit fires for a given share of real images:
 a measurement of the runtime, not of a trained network. For each network the dense file, the mask form, the compact
-form with single filters and with blocks of 16, and a static network (L1, every group pruned alike, widths in
-multiples of 16) with about the same MACs are timed side by side: one thread, one image at a time, interleaved CPU
-time, rotating over the images, the dense file twice (A/A). Finished rows are kept in a file of JSON lines, so that the
-script can be stopped and started again.
+form with single filters and with blocks of 16, what that becomes when it is specialised for this machine, and a static
+network (L1, every group pruned alike, widths in multiples of 16) with about the same MACs are timed side by side: one
+thread, one image at a time, interleaved CPU time, rotating over the images, the dense file twice (A/A). Finished rows
+are kept in a file of JSON lines, so that the script can be stopped and started again; of two rows of one cell the last
+one counts, and rows from before there were specialised files are measured again.
 
     python examples/benchmarks/ftwt_latency.py --images imagefolder:ROOT --out results/ftwt_latency.jsonl
     python examples/benchmarks/ftwt_latency.py --summary results/ftwt_latency.jsonl
@@ -17,7 +18,7 @@ import argparse
 import copy
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", default="digits", help="imagefolder:ROOT with real images")
     parser.add_argument("--networks", nargs="*", help="names of networks; all by default")
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="firing rates")
     parser.add_argument("--count", type=int, default=64, help="images that heads are set on and parity is checked on")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="one small network, one rate, few rounds")
@@ -78,8 +80,8 @@ def main() -> None:
     if options.smoke:
         chosen = [own for own in NETWORKS if own.name == "resnet20@32"]
     for network in chosen:
-        for rate in (0.5,) if options.smoke else RATES:
-            done = {(row["network"], row["rate"]) for row in rows_of(options.out)}
+        for rate in (0.5,) if options.smoke else options.rates:
+            done = {(row["network"], row["rate"]) for row in rows_of(options.out) if "specialised" in row}
             if (network.name, rate) not in done:
                 row = measured(network, rate, options.images, 8 if options.smoke else options.count, options.rounds)
                 with options.out.open("a", encoding="utf-8") as file:
@@ -121,6 +123,9 @@ def measured(network: Network, rate: float, source: str, count: int, rounds: int
                 )
                 assert made.parity is not None
                 parities[name] = made.parity.to_dict()
+        cached = npe.specialise_ort_cpu(files["compact 16"], images, cache_folder=Path(folder), rounds=rounds)
+        if cached.reason is None:
+            files["specialised 16"] = cached.path
         share = gates["1"]["macs_share"]
         files["static"] = Path(folder) / "static.onnx"
         limits = npe.Limits(multiple=network.multiple, max_ratio=0.95)
@@ -138,6 +143,7 @@ def measured(network: Network, rate: float, source: str, count: int, rounds: int
         "static_macs_share": static.costs.macs / macs,
         "gates": gates,
         "parity": parities,
+        "specialised": cached.to_dict() | {"path": None, "portable": None},
         "bytes": sizes,
         "latency": latency.to_dict(),
         "environment": environment(),
@@ -207,19 +213,23 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 
 def table(rows: list[dict[str, object]]) -> str:
     """Returns the rows as a Markdown table, ratios to the dense network."""
-    lines = list(_lines(rows))
-    return "\n".join(lines)
+    last = {(row["network"], row["rate"]): row for row in rows}
+    return "\n".join(_lines(last.values()))
 
 
-def _lines(rows: list[dict[str, object]]) -> Iterator[str]:
-    yield "| network | firing | MACs | dense, ms | mask | compact, single | compact, blocks of 16 | static | A/A |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+def _lines(rows: Iterable[dict[str, object]]) -> Iterator[str]:
+    names = ("mask", "compact 1", "compact 16", "specialised 16", "static")
+    yield (
+        "| network | firing | MACs | dense, ms | mask | compact, single | compact, blocks of 16 | specialised | static "
+        "| A/A |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for row in rows:
         latency, gates = row["latency"], row["gates"]
         assert isinstance(latency, dict)
         assert isinstance(gates, dict)
         ratios = {own["name"]: own["ratio"] for own in latency["rows"]}
-        cells = " | ".join(f"{ratios[name]:.2f}" for name in ("mask", "compact 1", "compact 16", "static"))
+        cells = " | ".join(f"{ratios[name]:.2f}" if name in ratios else "–" for name in names)
         yield (
             f"| {row['network']} | {gates['1']['firing_rate']:.2f} | {gates['1']['macs_share']:.2f} | "
             f"{latency['rows'][0]['p50_ms']:.2f} | {cells} | {latency['aa_ratio']:.3f} |"

@@ -1,4 +1,4 @@
-"""Compares an ONNX file of a gated network with the masked PyTorch network: first the masks, then the outputs.
+"""Compares an ONNX file of a gated network with the masked PyTorch network, or another file: masks first, then outputs.
 
 A mask hangs on a threshold: a difference of 1e-6 in a logit can switch a filter, and then outputs differ with good
 reason. So outputs are compared where all masks agree, and how often they agree is a figure of its own.
@@ -7,7 +7,7 @@ reason. So outputs are compared where all masks agree, and how often they agree 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class GatedParity:
         agreement: share of the bits that agree, 0–1.
         compared: images on which all bits agree.
         max_rel: largest ``max|difference| / max|output|`` on these.
-        firing_rate: share of the bits that are open in PyTorch: 0–1 alone would prove little.
+        firing_rate: share of the bits that are open in the reference: 0–1 alone would prove little.
         fail: largest ``max_rel`` that passes.
         passed: whether enough bits agree, some image could be compared, and outputs are close.
     """
@@ -84,14 +84,51 @@ def check_gated_parity(
     parts = images.split(len(images) if batch_size is None else batch_size)  # type: ignore[no-untyped-call]
     expected, masks = _reference(network, parts)
     made = run_graph(with_masks(graph), [part.cpu().numpy() for part in parts])
-    same = np.stack([(made[open_name(layer)] == masks[layer]).all(axis=1) for layer in layers]).all(axis=0)
-    hits = sum(int((made[open_name(layer)] == masks[layer]).sum()) for layer in layers)
+    opened = {open_name(layer): own for layer, own in masks.items()}
+    return _parity(expected, opened, [own for name, own in made.items() if name not in opened], made, fail)
+
+
+def compare_gated_graphs(
+    reference: onnx.ModelProto, graph: onnx.ModelProto, parts: Sequence[Array], *, fail: float
+) -> GatedParity:
+    """Runs two graphs of one gated network, with gates of the same names, on the same images.
+
+    Args:
+        reference: a mask form or compact form, with one input.
+        graph: the other one.
+        parts: what goes in at a time, ``(N, C, H, W)``.
+        fail: largest relative difference that passes.
+
+    Raises:
+        ExportError: a graph does not run, or has no gate.
+    """
+    expected, made = (run_graph(with_masks(own), parts) for own in (reference, graph))
+    prefix, suffix = open_name("\n").split("\n")
+    masks = {name: own for name, own in expected.items() if name.startswith(prefix) and name.endswith(suffix)}
+    if not masks:
+        raise ExportError(
+            "The graph has no gate, expected one at least: there are no masks to compare. Give the file of a gated "
+            "network."
+        )
+    outputs, others = ([own for name, own in all_of.items() if name not in masks] for all_of in (expected, made))
+    return _parity(outputs, masks, others, made, fail)
+
+
+def _parity(
+    expected: Sequence[Array],
+    masks: Mapping[str, Array],
+    outputs: Sequence[Array],
+    made: Mapping[str, Array],
+    fail: float,
+) -> GatedParity:
+    """Compares outputs and, by the names of their values, masks; ``made`` holds the other masks."""
+    agreeing = {name: made[name] == own for name, own in masks.items()}
+    same = np.asarray(np.stack([own.all(axis=1) for own in agreeing.values()]).all(axis=0))
     bits = sum(own.size for own in masks.values())
-    outputs = [name for name in made if name not in {open_name(layer) for layer in layers}]
-    worst = max((_relative(one[same], made[name][same]) for one, name in zip(expected, outputs)), default=0.0)
-    agreement = hits / bits
+    agreement = sum(int(own.sum()) for own in agreeing.values()) / bits
+    worst = max((_relative(one[same], other[same]) for one, other in zip(expected, outputs)), default=0.0)
     return GatedParity(
-        images=len(images),
+        images=same.size,
         bits=bits,
         agreement=agreement,
         compared=int(same.sum()),

@@ -26,14 +26,20 @@ class GraphWriter:
         self.nodes.append(node)
 
     def node(
-        self, op_type: str, inputs: Sequence[str], output: str, **attributes: int | float | str | Sequence[int]
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        output: str,
+        *,
+        domain: str = "",
+        **attributes: int | float | str | Sequence[int],
     ) -> str:
         """Adds a node with one output and returns that output's name, with a number behind it if it was taken.
 
         A name of the original graph is given as it is: the new node then takes the place of the old one.
         """
         name = output if output in self._known else self.fresh(output)
-        node = onnx.helper.make_node(op_type, list(inputs), [name], name=name)
+        node = onnx.helper.make_node(op_type, list(inputs), [name], name=name, domain=domain)
         node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in attributes.items())
         self.nodes.append(node)
         return name
