@@ -12,7 +12,6 @@ from torch import nn
 from nni_prune_ext.costs import Costs
 from nni_prune_ext.graph.channel_groups import ChannelGroups
 
-
 PredictedLatency: TypeAlias = Callable[[Mapping[str, Sequence[int]]], float]
 """Tensor name → shape, of all parameters and buffers, to the predicted time of one run in milliseconds.
 

@@ -1,4 +1,4 @@
-"""Measured times of layers, kept on disk from one run to the next: one JSON file per machine, runtime and conditions."""
+"""Measured times of layers, kept on disk from one run to the next: one JSON file per machine and conditions."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ def micro_model(
     generator = np.random.default_rng(0)
     shape = (batch, read, *layer.size) if layer.kernel else (batch, *layer.size, read)
     x = generator.standard_normal(shape, np.float32)
-    weight = generator.standard_normal(_weight_shape(layer, read, written), np.float32) / max(read, 1)
+    weight = 0.1 * generator.standard_normal(_weight_shape(layer, read, written), np.float32)
     onnx.save_model(_graph(layer, weight, written, shape), str(path))
     return RunnableModel(path, _module(layer, weight, read, written).to(device)), [x]
 
@@ -51,7 +52,7 @@ def _graph(layer: Layer, weight: npt.NDArray[np.float32], written: int, shape: t
     stored = {"w": weight if layer.kernel else np.ascontiguousarray(weight.T), "b": np.zeros(written, np.float32)}
     if layer.kernel:
         read = shape[1]
-        attributes: dict[str, object] = {
+        attributes: dict[str, Any] = {  # as onnx has it
             "kernel_shape": layer.kernel,
             "strides": layer.stride,
             "dilations": layer.dilation,

@@ -93,9 +93,9 @@ class LatencyPredictor(BaseModel):
             update={"curve": tuple((x, y) for (x, _), y in zip(curve, shares)), "dense_ms": dense_ms}
         )
 
-    def corrected(self, correction: float, dense_ms: float) -> LatencyPredictor:
-        """Returns the predictor with another correction, and what the dense model took last."""
-        return self.model_copy(update={"correction": correction, "dense_ms": dense_ms})
+    def corrected(self, correction: float) -> LatencyPredictor:
+        """Returns the predictor with another correction."""
+        return self.model_copy(update={"correction": correction})
 
 
 def measured_tables(

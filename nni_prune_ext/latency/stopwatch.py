@@ -139,7 +139,9 @@ class Stopwatch:
             models[_SHIPPED] = self._dense("auto")
         for number, (name, network) in enumerate(networks.items()):
             models[name] = self._runnable(network, exporter, f"{number}.onnx")
-        arrays: list[Array] = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors_in(self.inputs)]
+        arrays: list[Array] = [
+            np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors_in(self.inputs)
+        ]
         report = self._measure(models, [arrays], rounds=_ROUNDS[self.conditions.percentile], min_seconds=_SECONDS)
         rows = {row.name: row for row in report.rows}
         if _SHIPPED in rows:
