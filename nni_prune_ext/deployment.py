@@ -337,6 +337,7 @@ def result_facts(result: PruneResult) -> dict[str, object]:
         "method": result.method,
         "certificate": result.certificate.as_dict() if result.certificate else None,
         "targets": _targets(result),
+        "latency_target": result.latency.to_dict() if result.latency else None,
         "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
         "rewrites": list(result.groups.rewrites),
         "unreached": list(result.groups.unreached),

@@ -74,6 +74,7 @@ class LatencyEvidence:
             "networks": [asdict(network) for network in self.networks],
             "probe": {str(offset): penalty for offset, penalty in self.probe.items()},
             "environment": dict(self.environment),
+            "sentences": self.sentences(),
         }
 
     def sentences(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -27,10 +28,12 @@ from nni_prune_ext.training.processes import from_main, is_main
 Exporter = Literal["torchscript", "auto"]
 LayerAt = tuple[Layer, int, int]
 """A layer, the channels that it reads, and those that it writes."""
-_ROUNDS = {50: 30, 95: 100, 99: 300}
-"""Rounds in which networks are timed, by percentile."""
-_SECONDS = 1.0
-"""Shortest time for all rounds of networks together."""
+_REPEATS = 3
+"""Sessions of each network: where a session's memory lies makes a difference of up to 2 %."""
+_ROUNDS = {50: 10, 95: 40, 99: 120}
+"""Rounds in which networks are timed, in each session, by percentile."""
+_SECONDS = 0.5
+"""Shortest time for these rounds together."""
 _LAYER_ROUNDS = 10
 _AT_ONCE = 16
 """Layers that are timed side by side."""
@@ -43,10 +46,11 @@ class NetworkTimes:
 
     Attributes:
         dense_ms: time of the dense network.
-        shares: network → its time as a share of the dense one's (for the median: the median of the ratios in a round).
+        shares: network → its time as a share of the dense one's (for the median: the median of the ratios in a round);
+            the median over several sessions.
         error_bar: differences of shares below it mean nothing (A/A).
         clock: ``cpu`` or ``wall``.
-        rounds: number of samples of each network.
+        rounds: number of samples of each network, over all sessions.
     """
 
     dense_ms: float
@@ -142,13 +146,21 @@ class Stopwatch:
         arrays: list[Array] = [
             np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors_in(self.inputs)
         ]
-        report = self._measure(models, [arrays], rounds=_ROUNDS[self.conditions.percentile], min_seconds=_SECONDS)
-        rows = {row.name: row for row in report.rows}
-        if _SHIPPED in rows:
-            self._as_shipped = self._share(rows[_SHIPPED], rows[_DENSE])
-        dense_ms = self._ms(rows[_DENSE]) * (1.0 if as_shipped else self._as_shipped or 1.0)
-        shares = {name: self._share(rows[name], rows[_DENSE]) for name in networks}
-        return NetworkTimes(dense_ms, shares, report.error_bar, report.clock, report.rounds)
+        rounds = _ROUNDS[self.conditions.percentile]
+        reports = [
+            self._measure(models, [arrays], rounds=rounds, min_seconds=_SECONDS, seed=seed) for seed in range(_REPEATS)
+        ]
+        shares = {name: self._share(reports, name) for name in models}
+        if _SHIPPED in shares:
+            self._as_shipped = shares[_SHIPPED]
+        dense_ms = median(self._ms(report.rows[0]) for report in reports)
+        return NetworkTimes(
+            dense_ms=dense_ms * (1.0 if as_shipped else self._as_shipped or 1.0),
+            shares={name: shares[name] for name in networks},
+            error_bar=abs(median(report.aa_ratio for report in reports) - 1),
+            clock=reports[0].clock,
+            rounds=sum(report.rounds for report in reports),
+        )
 
     def _measure(
         self,
@@ -157,17 +169,22 @@ class Stopwatch:
         *,
         rounds: int,
         min_seconds: float,
+        seed: int = 0,
     ) -> LatencyReport:
         entries, own = {name: (self._runtime, model) for name, model in models.items()}, self.conditions
         return measure_latency(
-            entries, inputs, rounds=rounds, min_seconds=min_seconds, threads=own.threads, clock=own.clock
+            entries, inputs, rounds=rounds, min_seconds=min_seconds, threads=own.threads, clock=own.clock, seed=seed
         )
 
     def _ms(self, row: LatencyRow) -> float:
         return {50: row.p50_ms, 95: row.p95_ms, 99: row.p99_ms}[self.conditions.percentile]
 
-    def _share(self, row: LatencyRow, dense: LatencyRow) -> float:
-        return row.ratio if self.conditions.percentile == 50 else self._ms(row) / self._ms(dense)
+    def _share(self, reports: Sequence[LatencyReport], name: str) -> float:
+        """Returns the median over the sessions of a network's time as a share of the dense one's."""
+        rows = [(next(row for row in report.rows if row.name == name), report.rows[0]) for report in reports]
+        if self.conditions.percentile == 50:
+            return median(row.ratio for row, _ in rows)
+        return median(self._ms(row) / self._ms(dense) for row, dense in rows)
 
     def _dense(self, exporter: Exporter) -> RunnableModel:
         if exporter not in self._exported:

@@ -33,6 +33,6 @@ def usable_runtime(name: str) -> InferenceRuntime:
     if not availability.usable:
         raise RuntimeUnavailableError(
             f"Nothing can be measured on the runtime '{name}' here. {availability.reason} Expected a runtime that "
-            "works on this machine. Choose another one (`nni-prune-ext list runtimes`), or work on the machine that has it."
+            "works on this machine. Choose another one (`nni-prune-ext list runtimes`), or go where it is."
         )
     return found
