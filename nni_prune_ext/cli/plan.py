@@ -98,7 +98,8 @@ def _refuse_sparsity(recipe: Recipe, origins: Origins) -> None:
         with origins.named("target"):
             raise TargetError(
                 f"The target {recipe.target[0]} masks single weights and removes no channel, so there is no plan for "
-                "it. Expected macs, params, memory, latency or ratio. Ask for one of these, or use `nni-prune-ext prune`."
+                "it. Expected macs, params, memory, latency or ratio. Ask for one of these, or use "
+                "`nni-prune-ext prune`."
             )
 
 

@@ -150,7 +150,7 @@ class LatencyAim:
         first = measured_tables(layers, self.cost_model.groups, self.stopwatch, self.alignment.multiple)
         scores = self._magnitudes()
         self._predict_with(self._through_networks(first, scores))
-        check_feasible(self.cost_model, self.targets, self.limits)
+        self._refuse_unreachable()
         while True:
             plan = self._plan(scores, self.targets)
             if not self._again(self._by_magnitude, _BY_MAGNITUDE, plan, None):
@@ -212,6 +212,20 @@ class LatencyAim:
             "probe": {str(offset): penalty for offset, penalty in self.alignment.penalties.items()},
         }
         saved.save(cast("Mapping[str, Json]", values), {})
+
+    def _refuse_unreachable(self) -> None:
+        try:
+            check_feasible(self.cost_model, self.targets, self.limits)
+        except TargetError as error:
+            probed = self.alignment is not None and self.limits.multiple == self.alignment.multiple > 1
+            smaller = f" A smaller multiple than {self.limits.multiple} (--multiple) may help narrow networks."
+            raise TargetError(
+                f"{error} Latencies: {self.stopwatch.conditions}; {self._reached()}.{smaller if probed else ''}"
+            ) from error
+
+    def _reached(self) -> str:
+        """Says what the networks took that were measured so far."""
+        return "; ".join(f"{one.network}: {one.measured_ms:.4g} of {one.dense_ms:.4g} ms" for one in self.networks)
 
     def _restore(self, values: Mapping[str, Json]) -> None:
         self._predict_with(LatencyPredictor.model_validate(values["predictor"]))
