@@ -24,7 +24,7 @@ LATENCY_TOLERANCE = 0.03
 """By how much a measured latency may lie above the one asked for and still meet it, as a share of it."""
 _SMALLEST_ABSOLUTE = 1000
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
-_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+_PER_MILLISECOND = {"us": 1e3, "µs": 1e3, "ms": 1.0, "s": 1e-3}
 _NUMBER = r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)"
 
 
@@ -76,13 +76,13 @@ class Target:
     @classmethod
     def _parse_latency(cls, text: str) -> Target:
         match = re.fullmatch(rf"\s*latency\s*=\s*{_NUMBER}\s*([^\W\d]*)\s*", text)
-        if match is None or (match[2] and match[2] not in _MILLISECONDS):
+        if match is None or (match[2] and match[2] not in _PER_MILLISECOND):
             raise TargetError(
                 f"Cannot read the target '{text}'. Expected a share of the dense latency (latency=0.7), or a time with "
                 "one of the units us, ms and s: latency=2.0ms, latency=350us."
             )
         value = _number(match[1], text)
-        target = cls("latency", value * _MILLISECONDS[match[2]], "ms") if match[2] else cls("latency", value)
+        target = cls("latency", value / _PER_MILLISECOND[match[2]], "ms") if match[2] else cls("latency", value)
         target.check()
         return target
 
