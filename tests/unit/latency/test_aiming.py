@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from nni_prune_ext.allocation import Limits
 from nni_prune_ext.checkpoints import Checkpoints
 from nni_prune_ext.errors import ConfigError, RuntimeUnavailableError, TargetError, UnknownPluginError
-from nni_prune_ext.latency import LatencyConditions
+from nni_prune_ext.latency import LatencyConditions, latency_refusal
 from nni_prune_ext.latency.aiming import GOOD, MOST_TRIES, Try, best_try, next_correction
 from nni_prune_ext.latency.predictor import LatencyPredictor
+from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.pipeline import PruneResult, method_spec, prune
-from nni_prune_ext.training import cross_entropy
+from nni_prune_ext.registry import plugins
 
 PREDICTOR = LatencyPredictor(tables=(), curve=((0.0, 1.0),), dense_ms=1.0)
 
@@ -127,29 +128,44 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)) for _ in range(2)]
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("l1", {"steps": 2, "epochs_per_step": 1}),
-        ("psap", {}),
-        ("lottery_jackpots", {}),
-        ("reconstruction", {}),
-    ],
-)
-def test_a_method_that_trains_is_aimed_before_it_runs_and_is_run_once(method, options, pruned, network, fake) -> None:
-    options = {**method_spec(method).demo_options, **options}
-    result = pruned("latency=0.6", method=method, options=options, train_batches=batches(), loss=cross_entropy)
+@pytest.mark.parametrize("method", plugins("pruners"))
+def test_every_method_takes_a_latency_or_refuses_it(method: str, pruned, network, fake) -> None:
+    spec = method_spec(method)
+    arguments = {"method": method, "options": spec.demo_options, "train_batches": batches()}
+    if latency_refusal(spec) is not None:
+        with pytest.raises(TargetError, match=f"'{method}' hands over a network whose channels are switched per image"):
+            pruned("latency=0.6", **arguments)
+        return
 
-    timed = fake.made[-1].timed
-    assert method not in timed
-    assert "compact" == timed[-1]
+    result = pruned("latency=0.6", **arguments)
+
+    assert share(result, network, fake) == pytest.approx(0.6, rel=0.06)
     assert result.latency.achieved_ms == pytest.approx(fake.made[-1].whole(result.model))
+    assert "compact" == fake.made[-1].timed[-1]
+
+
+def test_a_method_that_trains_is_aimed_before_it_runs_and_is_run_once(pruned, network, fake) -> None:
+    options = {"steps": 2, "epochs_per_step": 1}
+
+    result = pruned("latency=0.6", method="random", options=options, train_batches=batches())
+
+    assert "random" not in fake.made[-1].timed
+    assert 1 == len(result.logs)
     assert share(result, network, fake) == pytest.approx(0.6, rel=0.06)
 
 
-def test_gates_are_refused(pruned) -> None:
-    with pytest.raises(TargetError, match="'ftwt' hands over a network whose channels are switched per image"):
-        pruned("latency=0.5", method="ftwt", train_batches=batches())
+def test_several_steps_without_training_go_to_the_same_latency(pruned, network, fake) -> None:
+    result = pruned("latency=0.6", method="l1", options={"steps": 3})
+
+    assert share(result, network, fake) == pytest.approx(0.6, rel=0.03)
+
+
+def test_a_padded_shortcut_that_is_rewritten_is_no_obstacle(fake) -> None:
+    model, x = build_model("resnet20").eval(), torch.ones(1, 3, 32, 32)
+
+    result = prune(model, x, target="latency=0.5", method="l1", options={"steps": 2})
+
+    assert share(result, model, fake) == pytest.approx(0.5, rel=0.03)
 
 
 def test_conditions_without_a_latency_are_refused(pruned) -> None:
