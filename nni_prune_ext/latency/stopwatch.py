@@ -95,7 +95,7 @@ class Stopwatch:
 
     def layers_ms(self, layers: Iterable[LayerAt]) -> dict[LayerAt, float]:
         """Returns the median time of each layer in milliseconds; what was measured before comes from the cache."""
-        wanted = {at: f"{at[0].key(at[1], at[2])} b{self.conditions.batch}" for at in layers}
+        wanted = {at: at[0].key(at[1], at[2]) for at in layers}
         times = from_main(self._layers(wanted) if is_main() else {})
         return {at: times[key] for at, key in wanted.items()}
 

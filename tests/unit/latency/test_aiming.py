@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from nni_prune_ext.allocation import Limits
 from nni_prune_ext.checkpoints import Checkpoints
 from nni_prune_ext.errors import ConfigError, RuntimeUnavailableError, TargetError, UnknownPluginError
-from nni_prune_ext.latency import LatencyConditions, latency_refusal
+from nni_prune_ext.latency import LatencyConditions, latency_refusal, start
 from nni_prune_ext.latency.aiming import GOOD, MOST_TRIES, Try, best_try, next_correction
 from nni_prune_ext.latency.predictor import LatencyPredictor
 from nni_prune_ext.models.loading import build_model
@@ -166,6 +167,33 @@ def test_a_padded_shortcut_that_is_rewritten_is_no_obstacle(fake) -> None:
     result = prune(model, x, target="latency=0.5", method="l1", options={"steps": 2})
 
     assert share(result, model, fake) == pytest.approx(0.5, rel=0.03)
+
+
+def test_gates_have_no_one_latency(pruned) -> None:
+    with pytest.raises(TargetError, match="'ftwt' hands over a network whose channels are switched per image"):
+        pruned("latency=0.5", method="ftwt", train_batches=batches())
+
+
+def widths(network: nn.Module) -> list[int]:
+    return [module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_where_no_correction_converges_the_best_network_is_taken(pruned, monkeypatch, fake) -> None:
+    said, cut = [0.55, 0.47, 0.56, 0.57, 0.58], []
+
+    class Restless(fake):
+        def networks(self, networks, *, as_shipped=False):
+            times = super().networks(networks, as_shipped=as_shipped)
+            if set(networks) != {"cut by weight magnitude"}:
+                return times
+            cut.append(widths(networks["cut by weight magnitude"]))
+            return replace(times, shares={"cut by weight magnitude": said[len(cut) - 1]})
+
+    monkeypatch.setattr(start, "Stopwatch", Restless)
+    result = pruned("latency=0.5")
+
+    assert MOST_TRIES == len(cut) == len({tuple(one) for one in cut})
+    assert cut[1] == widths(result.model), "the only one that met the target"
 
 
 def test_conditions_without_a_latency_are_refused(pruned) -> None:

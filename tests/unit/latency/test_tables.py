@@ -113,6 +113,7 @@ def test_the_curve_goes_through_measured_networks_and_the_dense_one_is_exact() -
     assert [10.0, 7.5, 5.0] == [predictor({"w": (16, read, 1, 1)}) for read in (16, 12, 8)]
     corrected = predictor.corrected(1.2)
     assert [10.0, 9.0, 6.0] == [pytest.approx(corrected({"w": (16, read, 1, 1)})) for read in (16, 12, 8)]
+    assert 10.0 == predictor.corrected(0.8)({"w": (16, 16, 1, 1)}), "the dense network is what was measured"
     assert 10.0 == predictor.corrected(2.0)({"w": (16, 12, 1, 1)}), "never above the dense network"
 
 
