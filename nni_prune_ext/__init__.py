@@ -22,6 +22,8 @@ _PUBLIC = {
     "TrainingSettings": "training",
     "accuracy": "training",
     "PruneResult": "pipeline",
+    "LatencyConditions": "latency.conditions",
+    "LatencyEvidence": "latency.evidence",
     "LayerLimit": "allocation",
     "write_artefacts": "deployment",
     "load_pruned": "deployment",
@@ -129,6 +131,8 @@ if TYPE_CHECKING:
         solve_mass,
     )
     from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups, trace_channel_groups
+    from nni_prune_ext.latency.conditions import LatencyConditions
+    from nni_prune_ext.latency.evidence import LatencyEvidence
     from nni_prune_ext.methods.base import MethodSpec, Outcome, Phase, PruningMethod
     from nni_prune_ext.methods.options import search_space
     from nni_prune_ext.methods.trained_decoder import JointLoss, joint_loss

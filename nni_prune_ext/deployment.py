@@ -11,14 +11,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from pydantic import JsonValue
 from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
-from nni_prune_ext.errors import ExportError, ParityError, PluginError
+from nni_prune_ext.errors import ExportError, ParityError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
     ONNX,
@@ -41,29 +41,17 @@ from nni_prune_ext.gates import GatedNetwork, MeasuredGating
 from nni_prune_ext.gating_facts import GatingRecord
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.pipeline import PruneResult
-from nni_prune_ext.registry import load_plugin
 from nni_prune_ext.report import Row
 from nni_prune_ext.report.gate_facts import GatingFacts
 from nni_prune_ext.report.pictures import png_text
-from nni_prune_ext.runtimes.base import Array, InferenceRuntime, RunnableModel
+from nni_prune_ext.runtimes.base import Array, RunnableModel
+from nni_prune_ext.runtimes.registered import runtime as runtime
 from nni_prune_ext.training import Batches, accuracy
 from nni_prune_ext.training.processes import apart
 
 ImageBatches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 Metric: TypeAlias = Callable[[nn.Module, Batches], float]
 """A model and batches → how good the model is on them; higher is better."""
-
-
-def runtime(name: str) -> InferenceRuntime:
-    """Returns a registered runtime.
-
-    Raises:
-        UnknownPluginError: no such name.
-    """
-    made = load_plugin("runtimes", name)
-    if not callable(made):
-        raise PluginError(f"The runtime '{name}' is a {type(made).__name__}, expected a class without arguments.")
-    return cast("InferenceRuntime", made())
 
 
 def onnx_accuracy(
@@ -378,6 +366,7 @@ def result_facts(result: PruneResult) -> dict[str, object]:
         "method": result.method,
         "certificate": result.certificate.as_dict() if result.certificate else None,
         "targets": _targets(result),
+        "latency_target": result.latency.to_dict() if result.latency else None,
         "protected": [{"root": p.root, "width": p.width, "reason": p.reason} for p in result.groups.protected],
         "rewrites": list(result.groups.rewrites),
         "unreached": list(result.groups.unreached),

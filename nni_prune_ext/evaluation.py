@@ -110,7 +110,7 @@ class Throughput:
 
 def measure_latency(
     entries: Mapping[str, tuple[InferenceRuntime, RunnableModel]],
-    inputs: Sequence[Sequence[Array]],
+    inputs: Sequence[Sequence[Array]] | Mapping[str, Sequence[Sequence[Array]]],
     *,
     rounds: int = 30,
     min_seconds: float = 2.0,
@@ -124,7 +124,7 @@ def measure_latency(
     Args:
         entries: Runtime and model by name; the first one is the reference.
         inputs: Sets of input arrays, all of one shape; round after round takes the next set. Models whose work
-            depends on the input need at least eight.
+            depends on the input need at least eight. By name of the entry where each takes inputs of its own.
         rounds: Fewest rounds.
         min_seconds: Shortest time for all rounds together; more rounds are run until it has passed.
         threads: CPU threads of one run; None leaves the choice to the runtimes.
@@ -142,9 +142,10 @@ def measure_latency(
             f"Nothing to measure: {len(entries)} entries, {len(inputs)} inputs, {rounds} rounds, expected at least one "
             "of each. Pass the models to compare and arrays to run them on."
         )
+    own = inputs if isinstance(inputs, Mapping) else dict.fromkeys(entries, inputs)
     with ExitStack() as stack:
-        twin = [*entries.values()][:1]
-        opened = [_open(stack, *entry, inputs, threads, precision) for entry in [*entries.values(), *twin]]
+        names = [*entries, next(iter(entries))]  # the first one twice
+        opened = [_open(stack, *entries[name], own[name], threads, precision) for name in names]
         chosen = _choose_clock(clock, [loaded.session for loaded in opened], threads)
         samples = _sample(opened, rounds, min_seconds, chosen, random.Random(seed))
         ratios = np.median(samples / samples[:, :1], axis=0)
@@ -153,7 +154,7 @@ def measure_latency(
             for column, (name, (runtime, _)) in enumerate(entries.items())
         )
     aa_ratio = float(ratios[-1])
-    batch_size = _batch_size(inputs[0])
+    batch_size = _batch_size(own[names[0]][0])
     return LatencyReport(rows, aa_ratio, abs(aa_ratio - 1), chosen, len(samples), threads, batch_size, seed)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import send_to_device
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from nni_prune_ext.allocation import (
@@ -22,6 +22,7 @@ from nni_prune_ext.allocation import (
     Target,
     achieved_targets,
     check_feasible,
+    counted_only,
     parse_targets,
     sparsity_of,
 )
@@ -31,12 +32,13 @@ from nni_prune_ext.costs import Costs, count_costs
 from nni_prune_ext.errors import CertificateError, ConfigError, PluginError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs
+from nni_prune_ext.latency import LatencyConditions, LatencyEvidence, aim_at
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
+from nni_prune_ext.methods.chosen_method import method_options as method_options
+from nni_prune_ext.methods.chosen_method import method_spec as method_spec
 from nni_prune_ext.methods.options import policy_with_data
 from nni_prune_ext.plan import PruningPlan
-from nni_prune_ext.registry import load_plugin
-from nni_prune_ext.specs import import_object
-from nni_prune_ext.surgery import slice_state
+from nni_prune_ext.surgery import Removal, slice_state
 from nni_prune_ext.training import (
     Batches,
     Distillation,
@@ -74,6 +76,7 @@ class PruneResult:
         method: name of the method.
         seed: of everything random.
         notes: numbers that the method logged, each with the ``progress`` (0–1) at which they arose.
+        latency: how a latency target was aimed at and measured; ``None`` without one.
     """
 
     model: nn.Module
@@ -89,6 +92,7 @@ class PruneResult:
     method: str
     seed: int = 0
     notes: tuple[dict[str, float], ...] = ()
+    latency: LatencyEvidence | None = None
 
 
 def prune(
@@ -109,6 +113,7 @@ def prune(
     groups: ChannelGroups | None = None,
     watcher: Watcher | None = None,
     checkpoints: Checkpoints | None = None,
+    latency: LatencyConditions | None = None,
     seed: int = 0,
 ) -> PruneResult:
     """Prunes a copy of a model to one or several targets and certifies the removal.
@@ -130,6 +135,7 @@ def prune(
         watcher: is told how the training goes.
         checkpoints: where method and recovery are saved after every epoch and cut; an interrupted call with the same
             arguments continues there.
+        latency: where and how a latency target is measured; ONNX Runtime on the CPU, one image, unless given.
         seed: of everything random.
 
     Returns:
@@ -139,6 +145,7 @@ def prune(
         UnknownPluginError: no such method.
         ConfigError: options out of range, or data missing that the method or the recovery needs.
         TargetError: the target is out of range or cannot be reached.
+        RuntimeUnavailableError: the runtime of a latency target cannot be used here.
         CertificateError: the final plan is not exact.
         TrainingError: the loss is no number, memory ran out, or the data raised.
         CheckpointError: the checkpoints belong to other arguments, or are all damaged.
@@ -160,36 +167,47 @@ def prune(
     groups = groups or verify_groups(model, example_inputs, trace_channel_groups(model, example_inputs), seed=seed)
     dense = count_costs(model, example_inputs)
     cost_model = CostModel.of(model, groups, dense)
-    _check_unit(spec, targets, groups, limits or Limits())
-    check_feasible(cost_model, [t for t in targets if t.metric != "sparsity"], limits)
-    job = _Job(spec, chosen, targets, limits or Limits(), scope, seed, settings, recover_epochs, distillation, loss)
+    limits = limits or Limits()
+    _check_unit(spec, targets, groups, limits)
+    check_feasible(cost_model, counted_only(targets), limits)
+    aim = aim_at(
+        spec, model, example_inputs, cost_model, targets, limits=limits, scope=scope, conditions=latency,
+        tell=watcher.note,
+    )  # fmt: skip
+    job = _Job(
+        spec, chosen, targets, limits, scope, seed, settings, recover_epochs, distillation, loss,
+        aim.stopwatch.conditions if aim else None,
+    )  # fmt: skip
     saved = None if checkpoints is None else checkpoints.stage("prune", job.identity(model))
-    run = MethodRun(
-        model=copy.deepcopy(model),
-        batches_=train_batches or (),
-        loss=loss,
-        settings=settings,
-        groups=groups,
-        example_inputs=example_inputs,
-        targets=targets,
-        limits=limits or Limits(),
-        scope=scope,
-        watcher=watcher,
-        evaluate=evaluate,
-        checkpoints=saved and saved.stage("method"),
-        seed=seed,
-    )
-    outcome = drive(built, run)
-    cut_before = run.applied is not None
-    if outcome.weight_masks is not None:
-        _check_masks(spec, outcome.weight_masks, run.model)
-    if outcome.plan.num_removed:
-        removal = run.apply(outcome.plan)
-        run.leave()
-    else:
-        removal = remove_channels(run.model, outcome.plan, example_inputs, groups=run.groups, seed=seed)
-    if outcome.weight_masks is not None:
-        outcome = replace(outcome, weight_masks=slice_state(outcome.weight_masks, removal.kept))
+    trains = any(phase.epochs for phase in built.phases())
+    measured_before = saved and saved.stage("latency")
+    if aim is not None:
+        aim.prepare(measured_before)
+        limits = aim.limits
+    if aim is not None and trains:
+        aim.save(measured_before)
+    while True:
+        run = MethodRun(
+            model=copy.deepcopy(model),
+            batches_=train_batches or (),
+            loss=loss,
+            settings=settings,
+            groups=groups,
+            example_inputs=example_inputs,
+            targets=targets,
+            limits=limits,
+            scope=scope,
+            watcher=watcher,
+            evaluate=evaluate,
+            checkpoints=saved.stage("method") if saved and (aim is None or trains) else None,
+            latency=None if aim is None else aim.predictor,
+            seed=seed,
+        )
+        outcome, removal, cut_before = _carried_out(spec, spec.build(chosen), run)
+        if aim is None or trains or not aim.missed_by(spec.name, run.applied or outcome.plan, removal.model):
+            break
+    if aim is not None:
+        aim.save(measured_before)
     plan = run.applied or outcome.plan
     certificate = removal.certificate
     if cut_before and plan.num_removed:
@@ -205,6 +223,8 @@ def prune(
     removed_only = _masked(removal.model, masks)
     compact, logs = _recovered(removed_only, recovery, train_batches, recover_epochs, masks, recalibrate=run.loss)
     costs = count_costs(compact, example_inputs)
+    evidence = None if aim is None else aim.final(compact, trained=trains)
+    measured = None if evidence is None else (evidence.dense_ms, evidence.achieved_ms)
     return PruneResult(
         model=compact,
         plan=plan,
@@ -212,14 +232,31 @@ def prune(
         groups=groups,
         dense=dense,
         costs=costs,
-        achieved=achieved_targets(targets, cost_model, plan, costs, outcome.weight_masks),
+        achieved=achieved_targets(targets, cost_model, plan, costs, outcome.weight_masks, measured),
         removed_only=removed_only,
         outcome=outcome,
         logs=(*run.logs, *logs),
         method=spec.name,
         seed=seed,
         notes=tuple(run.notes),
+        latency=evidence,
     )
+
+
+def _carried_out(spec: MethodSpec, method: PruningMethod, run: MethodRun) -> tuple[Outcome, Removal, bool]:
+    """Runs a method and cuts what it leaves to be cut; says whether it had cut before that."""
+    outcome = drive(method, run)
+    cut_before = run.applied is not None
+    if outcome.weight_masks is not None:
+        _check_masks(spec, outcome.weight_masks, run.model)
+    if outcome.plan.num_removed:
+        removal = run.apply(outcome.plan)
+        run.leave()
+    else:
+        removal = remove_channels(run.model, outcome.plan, run.example_inputs, groups=run.groups, seed=run.seed)
+    if outcome.weight_masks is not None:
+        outcome = replace(outcome, weight_masks=slice_state(outcome.weight_masks, removal.kept))
+    return outcome, removal, cut_before
 
 
 @dataclass(frozen=True)
@@ -236,6 +273,7 @@ class _Job:
     recover_epochs: int
     distillation: Distillation | None
     loss: LossFunction
+    latency: LatencyConditions | None
 
     def identity(self, model: nn.Module) -> dict[str, Json]:
         """Returns it as JSON."""
@@ -250,6 +288,7 @@ class _Job:
             "recovery_epochs": self.recover_epochs,
             "distillation": None if self.distillation is None else self.distillation.model_dump(mode="json"),
             "loss": loss_identity(self.loss),
+            "latency": None if self.latency is None else self.latency.model_dump(mode="json"),
             "processes": world_size(),
             "model": fingerprint(model),
         }
@@ -335,35 +374,3 @@ def _refuse_without_data(spec: MethodSpec, options: BaseModel, method: PruningMe
     else:
         return
     raise ConfigError(f"{what} needs training data, none was given. Pass train_batches (CLI: --data).")
-
-
-def method_spec(name: str) -> MethodSpec:
-    """Returns the registered method, or the one that ``module.path:NAME`` holds.
-
-    Raises:
-        UnknownPluginError: no such name.
-        PluginError: it cannot be imported, or is not a :class:`MethodSpec`.
-    """
-    spec = import_object(name, error=PluginError) if ":" in name else load_plugin("pruners", name)
-    if not isinstance(spec, MethodSpec):
-        raise PluginError(
-            f"The pruner '{name}' is a {type(spec).__name__}, expected a MethodSpec. See docs/how-to/write_a_method.md."
-        )
-    return spec
-
-
-def method_options(spec: MethodSpec, options: Mapping[str, object] | None) -> BaseModel:
-    """Checks the options of a method.
-
-    Raises:
-        ConfigError: an unknown option or a value out of range.
-    """
-    try:
-        return spec.options.model_validate(dict(options or {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "options"
-        known = ", ".join(spec.options.model_fields) or "none"
-        raise ConfigError(
-            f"Option '{name}' of method '{spec.name}' is {first['input']!r}: {first['msg']}. Known options: {known}."
-        ) from error

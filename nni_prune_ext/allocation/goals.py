@@ -31,7 +31,22 @@ def parse_targets(target: str | Target | Sequence[str | Target]) -> tuple[Target
             f"The targets {', '.join(map(str, targets))} cannot be met together: a sparsity masks single weights and "
             "removes nothing. Expected one of the two. Ask for sparsity alone, or for channels (macs, params, ratio)."
         )
+    if sum(target.metric == "latency" for target in targets) > 1:
+        raise TargetError(
+            f"There are several latencies among the targets {', '.join(map(str, targets))}, expected at most one: all "
+            "would be measured under the same conditions. Keep the smallest."
+        )
     return targets
+
+
+def latency_of(targets: Sequence[Target]) -> Target | None:
+    """Returns the target about latency; ``None`` where there is none."""
+    return next((target for target in targets if target.metric == "latency"), None)
+
+
+def counted_only(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """Returns the targets that follow from shapes alone: neither a sparsity nor a latency."""
+    return tuple(target for target in targets if target.metric not in ("sparsity", "latency"))
 
 
 def sparsity_of(targets: Sequence[Target]) -> float | None:
@@ -45,8 +60,12 @@ def achieved_targets(
     plan: PruningPlan,
     costs: Costs,
     weight_masks: Mapping[str, Tensor] | None = None,
+    latency_ms: tuple[float, float] | None = None,
 ) -> tuple[Achieved, ...]:
     """States asked and achieved per target from the counted costs of the compact model.
+
+    Args:
+        latency_ms: measured side by side, of the dense and of the compact model; for a target about latency.
 
     Sparsity is the share of zeros in the masks, so it is about the tensors that a method masks.
     """
@@ -56,9 +75,11 @@ def achieved_targets(
     counted["ratio"] = gone / max(sum(reference.widths.values()), 1)
     masks = list((weight_masks or {}).values())
     counted["sparsity"] = 1 - sum(int(m.sum()) for m in masks) / max(sum(m.numel() for m in masks), 1) if masks else 0.0
+    dense = dict(reference.costs)
+    if latency_ms is not None:
+        dense["latency"], counted["latency"] = latency_ms
     return tuple(
-        Achieved(t, reference.costs.get(t.metric, 0.0), t.bound(reference.costs.get(t.metric, 0.0)), counted[t.metric])
-        for t in targets
+        Achieved(t, dense.get(t.metric, 0.0), t.bound(dense.get(t.metric, 0.0)), counted[t.metric]) for t in targets
     )
 
 

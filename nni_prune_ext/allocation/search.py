@@ -33,7 +33,7 @@ class Allocation:
         achieved: every target, asked (at this fraction of the way) and predicted.
         kept: group → number of channels that stay.
         ratios: group → share of the dense model's channels that is gone after the plan.
-        predicted: ``macs``, ``params``, ``memory`` and ``ratio`` after the plan.
+        predicted: ``macs``, ``params``, ``memory``, ``ratio`` and, where it was measured, ``latency`` after the plan.
         largest: group → the largest such share that the limits and infinite scores allow.
     """
 
@@ -70,10 +70,17 @@ def allocate(
     Raises:
         PluginError: scores or ratios of wrong shape, missing or not a number.
         ConfigError: a limit for a layer that does not exist, or a fraction outside 0–1.
-        TargetError: a target is out of range or beyond the limits; the layers that bind are named.
+        TargetError: a target is out of range or beyond the limits; the layers that bind are named. A latency without
+            a cost model that predicts it.
     """
     for target in targets:
         target.check()
+        if target.metric == "latency" and cost_model.latency is None:
+            raise TargetError(
+                f"The target {target} needs latencies that were measured on the runtime, and there are none here. "
+                "Expected a CostModel with a latency; prune() and `nni-prune-ext prune` make it. Use these, or ask "
+                "for macs, params, memory or ratio."
+            )
     if not 0 <= fraction <= 1:
         raise ConfigError(
             f"A fraction of {fraction:g} of the target is out of range. Expected 0 to 1; check the schedule."
@@ -105,7 +112,7 @@ def check_feasible(cost_model: CostModel, targets: Sequence[Target], limits: Lim
     """Refuses targets that no scores can reach, before any work.
 
     Returns:
-        the lowest reachable ``macs``, ``params``, ``memory`` and the highest ``ratio``.
+        the lowest reachable ``macs``, ``params``, ``memory``, ``latency`` (if predicted) and the highest ``ratio``.
 
     Raises:
         TargetError: see ``allocate``.
@@ -191,12 +198,13 @@ class _Search:
         missed = [(t, b) for t, b in bounds if not _met(best, [(t, b)])]
         target, bound = missed[0]
         share = f" ({best[target.metric] / self.dense(target):.3f} of the dense model)" if self.dense(target) else ""
+        unit = " ms" if target.metric == "latency" else ""
         widest = sorted(self.groups, key=lambda g: self._most[g.name] - g.num_channels)[:3]
         held = [f"'{g.name}' (keeps {g.num_channels - self._most[g.name]} of {g.num_channels})" for g in widest]
         fixed = [f"'{p.root}' ({p.reason})" for p in self.model.groups.protected[:3]]
         return (
-            f"The target {target} cannot be met: at most {bound:,.4g} asked for, the limits allow no less than "
-            f"{best[target.metric]:,.4g}{share}."
+            f"The target {target} cannot be met: at most {bound:,.4g}{unit} asked for, the limits allow no less than "
+            f"{best[target.metric]:,.4g}{unit}{share}."
             if target.metric != "ratio"
             else f"The target {target} cannot be met: the limits allow a ratio of at most {best['ratio']:.3f}."
         ) + (

@@ -16,12 +16,16 @@ from nni_prune_ext.errors import ConfigError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroup, ChannelGroups
 from nni_prune_ext.graph.label_book import Role
 
-Metric = Literal["macs", "params", "memory", "ratio", "sparsity"]
+Metric = Literal["macs", "params", "memory", "ratio", "sparsity", "latency"]
 SHARES = ("ratio", "sparsity")
 """The metrics that say how much goes; the others say how much may stay."""
 Scope = Literal["global", "local"]
+LATENCY_TOLERANCE = 0.03
+"""By how much a measured latency may lie above the one asked for and still meet it, as a share of it."""
 _SMALLEST_ABSOLUTE = 1000
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_PER_MILLISECOND = {"us": 1e3, "µs": 1e3, "ms": 1.0, "s": 1e-3}
+_NUMBER = r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)"
 
 
 @dataclass(frozen=True)
@@ -31,35 +35,35 @@ class Target:
     Attributes:
         metric: ``macs``, ``params`` or ``memory`` (bytes of the weights): an upper bound; ``ratio``: the share of
             prunable channels to remove, a lower bound; ``sparsity``: the share of single weights to mask, a lower bound
-            for methods that hand over masks of weights.
+            for methods that hand over masks of weights; ``latency``: an upper bound for the measured time of one run.
         value: up to 1 a share of the dense model (``macs=0.5`` leaves half), above 1 an absolute number.
+        unit: ``ms`` where ``value`` is a latency in milliseconds; empty for everything else, shares of the dense
+            latency included.
     """
 
     metric: Metric
     value: float
+    unit: Literal["", "ms"] = ""
 
     @classmethod
     def parse(cls, text: str) -> Target:
         """Reads ``metric=value`` with an optional k, M or G, for example ``macs=0.5`` or ``params=1.2M``.
 
+        A latency is a share of the dense one (``latency=0.7``) or has a unit: ``2.0ms``, ``350us``, ``0.002s``.
+
         Raises:
             TargetError: it is not of that form, out of range, or neither a share nor a plausible absolute number.
         """
-        match = re.fullmatch(
-            r"\s*(macs|params|memory|ratio|sparsity)\s*=\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*([kKmMgG]?)\s*", text
-        )
+        if re.match(r"\s*latency\s*=", text):
+            return cls._parse_latency(text)
+        match = re.fullmatch(rf"\s*(macs|params|memory|ratio|sparsity)\s*=\s*{_NUMBER}\s*([kKmMgG]?)\s*", text)
         if match is None:
             raise TargetError(
-                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, memory, ratio "
-                "or sparsity and VALUE a share (macs=0.5) or a number with k, M or G (macs=62M)."
+                f"Cannot read the target '{text}'. Expected METRIC=VALUE with METRIC macs, params, memory, latency, "
+                "ratio or sparsity and VALUE a share (macs=0.5) or a number with k, M or G (macs=62M)."
             )
-        try:
-            value = float(match[2]) * _UNITS[match[3].lower()]
-        except ValueError as error:
-            raise TargetError(
-                f"Cannot read '{match[2]}' in the target '{text}' as a number. Write for example macs=0.5."
-            ) from error
-        target = cls(cast("Metric", match[1]), value)
+        target = cls(cast("Metric", match[1]), _number(match[2], text) * _UNITS[match[3].lower()])
+        value = target.value
         target.check()
         if 1 < value < _SMALLEST_ABSOLUTE and not match[3]:
             raise TargetError(
@@ -69,28 +73,51 @@ class Target:
             )
         return target
 
+    @classmethod
+    def _parse_latency(cls, text: str) -> Target:
+        match = re.fullmatch(rf"\s*latency\s*=\s*{_NUMBER}\s*([^\W\d]*)\s*", text)
+        if match is None or (match[2] and match[2] not in _PER_MILLISECOND):
+            raise TargetError(
+                f"Cannot read the target '{text}'. Expected a share of the dense latency (latency=0.7), or a time with "
+                "one of the units us, ms and s: latency=2.0ms, latency=350us."
+            )
+        value = _number(match[1], text)
+        target = cls("latency", value / _PER_MILLISECOND[match[2]], "ms") if match[2] else cls("latency", value)
+        target.check()
+        return target
+
     def check(self) -> None:
         """Refuses values out of range.
 
         Raises:
-            TargetError: not positive, or a share to remove of 1 or more.
+            TargetError: not positive, a share to remove of 1 or more, or a latency above 1 without a unit.
         """
+        if self.unit and self.metric != "latency":
+            raise TargetError(
+                f"The target {self} has the unit '{self.unit}', but only a latency has one. Leave the unit out."
+            )
+        if self.metric == "latency" and not self.unit and self.value > 1:
+            raise TargetError(
+                f"The target {self} has no unit, expected one above 1: up to 1 it is a share of the dense latency. "
+                f"Write latency={self.value:g}ms, or a share such as latency=0.7."
+            )
         if not self.value > 0 or (self.metric in SHARES and self.value >= 1) or not math.isfinite(self.value):
             span = "above 0 and below 1" if self.metric in SHARES else "above 0: a share up to 1, or an absolute number"
             raise TargetError(f"The target {self} is out of range. Expected a value {span}.")
 
     def bound(self, dense: float) -> float:
         """Returns the bound in the metric's own unit, given the dense model's value."""
-        return self.value if self.metric in SHARES or self.value > 1 else self.value * dense
+        absolute = self.metric in SHARES or self.value > 1 or self.unit
+        return self.value if absolute else self.value * dense
 
     def __str__(self) -> str:
-        """Returns ``metric=value``."""
-        return f"{self.metric}={self.value:g}"
+        """Returns ``metric=value``, with the unit of a latency."""
+        return f"{self.metric}={self.value:g}{self.unit}"
 
 
 @dataclass(frozen=True)
 class Achieved:
-    """One target, asked and reached, in the metric's own unit."""
+    """One target, asked and reached, in the metric's own unit (latency: milliseconds)."""
 
     target: Target
     dense: float
@@ -102,6 +129,8 @@ class Achieved:
         """Says whether the bound holds."""
         if self.target.metric in SHARES:
             return self.achieved >= self.asked - 1e-12
+        if self.target.metric == "latency":  # measured, so it has an error
+            return self.achieved <= self.asked * (1 + LATENCY_TOLERANCE)
         return self.achieved <= self.asked + 1e-9
 
 
@@ -166,6 +195,15 @@ class Limits(BaseModel):
                     "name or a pattern such as "
                     f"'layer1.*'; names near it: {', '.join(close)}. `nni-prune-ext plan` lists all layers."
                 )
+
+
+def _number(digits: str, text: str) -> float:
+    try:
+        return float(digits)
+    except ValueError as error:
+        raise TargetError(
+            f"Cannot read '{digits}' in the target '{text}' as a number. Write for example macs=0.5."
+        ) from error
 
 
 def _matches(group: ChannelGroup, pattern: str) -> bool:

@@ -23,6 +23,11 @@ RECIPE_KEYS = {
     "method": "method",
     "option": "options",
     "target": "target",
+    "on": "latency.runtime",
+    "batch": "latency.batch",
+    "percentile": "latency.percentile",
+    "threads": "latency.threads",
+    "clock": "latency.clock",
     "max_ratio": "limits.max_ratio",
     "min_channels": "limits.min_channels",
     "multiple": "limits.multiple",
@@ -82,9 +87,22 @@ Targets: TypeAlias = Annotated[
     list[str],
     typer.Option(
         "--target",
-        help="macs=, params=, memory= (upper bounds), ratio= (share removed) or sparsity= (share of weights masked); "
-        "repeatable.",
+        help="macs=, params=, memory=, latency= (upper bounds), ratio= (share removed) or sparsity= (share of weights "
+        "masked); repeatable.",
     ),
+]
+LatencyRuntime: TypeAlias = Annotated[
+    str, typer.Option("--on", help="Runtime on which a latency target is measured; see `list runtimes`.")
+]
+LatencyBatch: TypeAlias = Annotated[int, typer.Option("--batch", help="Images per run, for a latency target.")]
+LatencyPercentile: TypeAlias = Annotated[
+    int, typer.Option("--percentile", help="50, 95 or 99: of the times of single runs, for a latency target.")
+]
+LatencyThreads: TypeAlias = Annotated[
+    int, typer.Option("--threads", help="CPU threads of one run, for a latency target.")
+]
+LatencyClock: TypeAlias = Annotated[
+    str, typer.Option("--clock", help="auto, cpu or wall, for a latency target; auto: CPU time where it counts.")
 ]
 Options: TypeAlias = Annotated[list[str], typer.Option("--option", help="KEY=VALUE for the method; repeatable.")]
 MaxRatio: TypeAlias = Annotated[float, typer.Option(help="Largest share of a group's channels that may go.")]

@@ -31,6 +31,11 @@ def plan(
     method: o.Method = "l1",
     target: o.Targets = [],  # noqa: B006 (typer reads the default, nobody changes it)
     option: o.Options = [],  # noqa: B006
+    on: o.LatencyRuntime = "onnxruntime-cpu",
+    batch: o.LatencyBatch = 1,
+    percentile: o.LatencyPercentile = 50,
+    threads: o.LatencyThreads = 1,
+    clock: o.LatencyClock = "auto",
     max_ratio: o.MaxRatio = 0.9,
     min_channels: o.MinChannels = 1,
     multiple: o.Multiple = 1,
@@ -45,6 +50,7 @@ def plan(
 ) -> None:
     """Lists channel groups, protected layers and the feasible range; with --target also what would go."""
     from nni_prune_ext.cli.job import recipe_of  # imported here to keep --help instant
+    from nni_prune_ext.cli.progress import Notes
     from nni_prune_ext.export.artefact_folder import check_writable
     from nni_prune_ext.pipeline import prune
     from nni_prune_ext.workbench import prepare
@@ -68,6 +74,8 @@ def plan(
             loss=prepared.loss,
             settings=recipe.training,
             groups=prepared.groups,
+            latency=recipe.latency,
+            watcher=None if json else Notes(),
             seed=recipe.seed,
         )
     (_show_json if json else _show)(prepared, result)
@@ -90,7 +98,8 @@ def _refuse_sparsity(recipe: Recipe, origins: Origins) -> None:
         with origins.named("target"):
             raise TargetError(
                 f"The target {recipe.target[0]} masks single weights and removes no channel, so there is no plan for "
-                "it. Expected macs, params, memory or ratio. Ask for one of these, or use `nni-prune-ext prune`."
+                "it. Expected macs, params, memory, latency or ratio. Ask for one of these, or use "
+                "`nni-prune-ext prune`."
             )
 
 
@@ -122,7 +131,12 @@ def _show(prepared: Prepared, result: PruneResult | None) -> None:
         f"{lowest['params'] / max(dense.params, 1):.3f} of the parameters, ratio up to {lowest['ratio']:.3f}"
     )
     for achieved in result.achieved if result else ():
-        typer.echo(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}")
+        unit = " ms" if achieved.target.metric == "latency" else ""
+        typer.echo(
+            f"target {achieved.target}: asked {achieved.asked:,.6g}{unit}, achieved {achieved.achieved:,.6g}{unit}"
+        )
+    for sentence in result.latency.sentences() if result and result.latency else ():
+        typer.echo(sentence)
 
 
 def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
@@ -148,4 +162,5 @@ def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
             {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
             for a in (result.achieved if result else ())
         ],
+        latency=result.latency.to_dict() if result and result.latency else None,
     )

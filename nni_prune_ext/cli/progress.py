@@ -62,6 +62,14 @@ def progress_watcher(json: bool, *, console: Console | None = None) -> Iterator[
         yield EpochLines(shown)
 
 
+class Notes(Watcher):
+    """Prints notes to standard error, and nothing else."""
+
+    def note(self, text: str) -> None:
+        """Prints a note."""
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class JsonLines(Watcher):
     """Writes phases, steps of long epochs, epochs and notes as JSON, one object per line."""
 

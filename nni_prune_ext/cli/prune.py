@@ -27,6 +27,11 @@ def prune(
     std: o.Std = None,
     method: o.Method = "l1",
     option: o.Options = [],  # noqa: B006 (typer reads the default, nobody changes it)
+    on: o.LatencyRuntime = "onnxruntime-cpu",
+    batch: o.LatencyBatch = 1,
+    percentile: o.LatencyPercentile = 50,
+    threads: o.LatencyThreads = 1,
+    clock: o.LatencyClock = "auto",
     max_ratio: o.MaxRatio = 0.9,
     min_channels: o.MinChannels = 1,
     multiple: o.Multiple = 1,

@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from nni_prune_ext.allocation import parse_targets, sparsity_of
 from nni_prune_ext.errors import NniPruneExtError, PluginError, RecipeError
+from nni_prune_ext.latency import latency_refusal
 from nni_prune_ext.methods.base import MethodSpec
 from nni_prune_ext.methods.options import policy_with_data
 from nni_prune_ext.recipes.recipe import Recipe, all_keys, section_in
@@ -139,6 +140,11 @@ def _conflicts(recipe: Recipe, epochs: int, complete: bool) -> Iterator[tuple[tu
             f"a sparsity masks single weights, and '{spec.name}' removes channels only. Ask for macs, params, memory "
             "or ratio, or choose a method whose products name weight masks (`nni-prune-ext list METHOD`).",
         )
+    if recipe.aims_at_latency and spec is not None and latency_refusal(spec) is not None:
+        yield ("target", "method"), f"a latency cannot be aimed at: {latency_refusal(spec)}"
+    if recipe.latency is not None and not recipe.aims_at_latency:
+        reason = "no target is about latency. Ask for example for latency=0.7 or latency=2.0ms, or leave it out."
+        yield ("latency", "target"), reason
     if recipe.model.pretrained and recipe.model.weights:
         yield ("model.pretrained", "model.weights"), "two sources of weights, expected at most one. Leave one out."
     if recipe.data is None:

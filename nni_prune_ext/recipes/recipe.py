@@ -9,12 +9,13 @@ from typing import Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from nni_prune_ext.allocation import Limits, Scope, parse_targets
+from nni_prune_ext.allocation import Limits, Scope, latency_of, parse_targets
 from nni_prune_ext.errors import TargetError
+from nni_prune_ext.latency.conditions import LatencyConditions
 from nni_prune_ext.training.distillation import Distillation
 from nni_prune_ext.training.settings import TrainingSettings
 
-SHORT_FORMS = {"model": "name", "data": "source", "train": "epochs", "recovery": "epochs"}
+SHORT_FORMS = {"model": "name", "data": "source", "train": "epochs", "recovery": "epochs", "latency": "runtime"}
 """Sections that may be written as one value: ``model: resnet20`` is ``model: {name: resnet20}``."""
 
 
@@ -109,7 +110,10 @@ class Recipe(BaseModel):
     train: TrainSection | None = None
     method: str | None = Field(default=None, description="a registered pruner; without one the recipe only trains")
     options: dict[str, JsonValue] = Field(default={}, description="of the method; see `nni-prune-ext list METHOD`")
-    target: tuple[str, ...] = Field(default=(), description="`macs=`, `params=`, `memory=`, `ratio=` or `sparsity=`")
+    target: tuple[str, ...] = Field(
+        default=(), description="`macs=`, `params=`, `memory=`, `latency=`, `ratio=` or `sparsity=`"
+    )
+    latency: LatencyConditions | None = Field(default=None, description="where a latency target is measured")
     limits: Limits = Limits()
     scope: Scope = Field(default="global", description="`global`: one ranking; `local`: one ratio for all groups")
     training: TrainingSettings = TrainingSettings()
@@ -151,6 +155,11 @@ class Recipe(BaseModel):
         return value
 
     @property
+    def aims_at_latency(self) -> bool:
+        """Whether a target is about latency."""
+        return bool(self.target) and latency_of(parse_targets(self.target)) is not None
+
+    @property
     def recovery_epochs(self) -> int:
         """The epochs of training after the cut."""
         return self.recovery.epochs if self.recovery else 0
@@ -158,6 +167,8 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Returns the recipe as YAML, with every default written out; keys without a value are left out."""
         values = self.model_dump(mode="json", exclude_none=True)
+        if self.aims_at_latency and "multiple" not in self.limits.model_fields_set:
+            del values["limits"]["multiple"]  # a probe of the runtime decides, there and then
         if self.measure is None:  # left out, it would be measured as usual
             values = {key: values.get(key, False) for key in type(self).model_fields if key in {*values, "measure"}}
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)

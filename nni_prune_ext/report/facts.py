@@ -86,6 +86,16 @@ class LatencyFacts(_Facts):
     seed: int | None = None
 
 
+class LatencyTargetFacts(_Facts):
+    """How a latency target was aimed at; see ``nni_prune_ext.latency.LatencyEvidence``."""
+
+    asked_ms: float | None = None
+    achieved_ms: float | None = None
+    dense_ms: float | None = None
+    predicted_ms: float | None = None
+    sentences: tuple[str, ...] = ()
+
+
 class WidthFacts(_Facts):
     """Output channels of one prunable layer, or single weights of a masked one."""
 
@@ -143,6 +153,7 @@ class RunReport(_Facts):
     distillation: dict[str, object] | None = None
     recovery_epochs: int | None = None
     targets: tuple[TargetFacts, ...] = ()
+    latency_target: LatencyTargetFacts | None = None
     certificate: CertificateFacts | None = None
     environment: dict[str, object] = {}
     latency: LatencyFacts | None = None

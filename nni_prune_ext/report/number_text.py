@@ -55,6 +55,11 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1024:.0f} KiB" if num_bytes < 1 << 20 else f"{num_bytes / (1 << 20):.2f} MiB"
 
 
+def milliseconds(value: float) -> str:
+    """Returns a time in milliseconds with four digits: ``5.528 ms``."""
+    return f"{value:.4g} ms"
+
+
 def error(value: float) -> str:
     """Returns a relative error: ``4e-16``."""
     return f"{value:.0e}"

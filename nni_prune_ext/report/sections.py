@@ -60,10 +60,11 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
 
 
 def _latency(report: RunReport) -> Section:
-    table = latency_table(report)
+    table, aimed = latency_table(report), report.latency_target
+    target = [f"Target: {sentence}." for sentence in aimed.sentences] if aimed else []
     if table is None or report.latency is None:
-        return Section("Latency", ["Latency was not measured."])
-    return Section("Latency", list(_conditions(report.latency)), tables=[table])
+        return Section("Latency", ["Latency was not measured.", *target])
+    return Section("Latency", [*_conditions(report.latency), *target], tables=[table])
 
 
 def _conditions(latency: LatencyFacts) -> Iterator[str]:

@@ -18,6 +18,7 @@ from nni_prune_ext.allocation import (
     Allocation,
     CostModel,
     Limits,
+    PredictedLatency,
     Reference,
     Scope,
     Target,
@@ -75,6 +76,7 @@ class MethodRun:
         checkpoints: where the run is saved after every epoch and every cut, and continued from.
         applied: all cuts so far, in the coordinates of the first model.
         metric: the last validation metric.
+        latency: predicts the latency from shapes, where a target is about it.
         stop: set by the method of plain training to end its phase early.
         attached: the phase whose hooks are on the model.
         host_epoch: trains one epoch in the place of the loop's own steps and returns the losses: for hosts that keep
@@ -94,6 +96,7 @@ class MethodRun:
     watcher: Watcher = field(default_factory=Watcher)
     evaluate: Evaluate | None = None
     checkpoints: Checkpoints | None = None
+    latency: PredictedLatency | None = None
     progress: float = 0.0
     applied: PruningPlan | None = None
     logs: list[EpochLog] = field(default_factory=list)
@@ -225,7 +228,8 @@ class MethodRun:
     def cost_model(self) -> CostModel:
         """Returns the costs of the current model; those of the first one are the reference of targets and limits."""
         if self._costs is None:
-            self._costs = CostModel.of(self.model, self.groups, count_costs(self.model, self.example_inputs))
+            costs = count_costs(self.model, self.example_inputs)
+            self._costs = CostModel.of(self.model, self.groups, costs, self.latency)
         if self._reference is None:
             self._reference = Reference.of(self._costs)
         return self._costs

@@ -253,6 +253,7 @@ def _pruned(model: nn.Module, prepared: Prepared, checkpoints: Checkpoints, watc
         groups=prepared.groups,
         watcher=watcher,
         checkpoints=checkpoints,
+        latency=recipe.latency,
         seed=recipe.seed,
     )
     return _on_cpu(result) if prepared.device.type != "cpu" else result

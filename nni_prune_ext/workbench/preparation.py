@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nni_prune_ext.allocation import CostModel, Limits, check_feasible, parse_targets, sparsity_of
+from nni_prune_ext.allocation import CostModel, Limits, check_feasible, counted_only, parse_targets, sparsity_of
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import Costs, count_costs
 from nni_prune_ext.data.batches import split_batches
@@ -20,8 +20,10 @@ from nni_prune_ext.errors import ConfigError, NniPruneExtError, RecipeError, Wei
 from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
+from nni_prune_ext.latency import LatencyConditions
 from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.recipes import Origins, Recipe, method_epochs
+from nni_prune_ext.runtimes.registered import usable_runtime
 from nni_prune_ext.training import Batches, Evaluate, LossFunction
 from nni_prune_ext.training.processes import own_device
 from nni_prune_ext.workbench.loss_and_metric import opened_loss, opened_metric, try_loss, try_metric
@@ -117,8 +119,11 @@ def prepare(recipe: Recipe, *, origins: Origins | None = None) -> Prepared:
             recipe.limits.check(groups)
         with origins.named("target"):
             targets = parse_targets(recipe.target) if recipe.target else ()
-            bounds = [target for target in targets if target.metric != "sparsity"]  # every sparsity can be reached
+            bounds = counted_only(targets)  # a sparsity can always be reached, a latency must be measured
             reachable = check_feasible(CostModel.of(job.model, groups, dense), bounds, recipe.limits)
+        if recipe.aims_at_latency:
+            with origins.named("latency", "runtime"):
+                usable_runtime((recipe.latency or LatencyConditions()).runtime)
     prepared = Prepared(recipe, job, loss, metric, dense, groups, reachable)
     _try_on_data(prepared, origins)
     return prepared
@@ -233,6 +238,9 @@ def work_to_do(prepared: Prepared) -> list[str]:
         reach = f"; reachable: {prepared.reachable['macs'] / max(prepared.dense.macs, 1):.3f} of the MACs"
         masked = sparsity_of(parse_targets(recipe.target)) is not None
         lines.append(f"method {recipe.method} to {', '.join(recipe.target)}{'' if masked else reach}")
+        if recipe.aims_at_latency:
+            where = recipe.latency or LatencyConditions()
+            lines.append(f"latency: {where}; layers and a few networks are measured before the method runs")
         steps = planned_epochs(recipe)
         parts = {"training between the method's steps": steps - recipe.recovery_epochs}
         parts["recovery"] = recipe.recovery_epochs

@@ -77,7 +77,8 @@ def target_sentences(report: RunReport) -> tuple[str, ...]:
     for target in report.targets:
         asked, achieved = target.asked or 0.0, target.achieved or 0.0
         distance = "" if target.met is not False else f": missed by {abs(achieved - asked):,.6g}"
-        sentences.append(f"target {target.target}: asked {asked:,.6g}, achieved {achieved:,.6g}{distance}")
+        unit = " ms" if target.metric == "latency" else ""
+        sentences.append(f"target {target.target}: asked {asked:,.6g}{unit}, achieved {achieved:,.6g}{unit}{distance}")
     return tuple(sentences)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nni_prune_ext.allocation import (
+    Achieved,
     Allocation,
     CostModel,
     LayerLimit,
@@ -390,6 +392,76 @@ def test_targets_are_read_from_text(text: str, metric: str, value: float) -> Non
 def test_a_target_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(TargetError):
         Target.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit", "shown"),
+    [("latency=0.7", 0.7, "", "latency=0.7"), ("latency=1", 1.0, "", "latency=1"),
+     ("latency=2.0ms", 2.0, "ms", "latency=2ms"), (" latency = 350 us ", 0.35, "ms", "latency=0.35ms"),
+     ("latency=350µs", 0.35, "ms", "latency=0.35ms"), ("latency=0.002s", 2.0, "ms", "latency=2ms"),
+     ("latency=0.5ms", 0.5, "ms", "latency=0.5ms"), ("latency=2e-3s", 2.0, "ms", "latency=2ms")],
+)  # fmt: skip
+def test_a_latency_is_a_share_or_has_a_unit(text: str, value: float, unit: Literal["", "ms"], shown: str) -> None:
+    found = Target.parse(text)
+
+    assert (pytest.approx(value), unit, shown) == (found.value, found.unit, str(found))
+    assert found == Target.parse(shown)
+    assert found.bound(10.0) == pytest.approx(value if unit else 10 * value)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("latency=2", "has no unit"), ("latency=2m", "units us, ms and s"), ("latency=2min", "units us, ms and s"),
+     ("latency=-1ms", "out of range"), ("latency=0", "out of range"), ("latency=1.2.3ms", "as a number"),
+     ("latency=", "Cannot read"), ("latency=ms", "Cannot read"), ("latency=1e999s", "out of range")],
+)  # fmt: skip
+def test_a_latency_that_makes_no_sense_is_refused(text: str, what: str) -> None:
+    with pytest.raises(TargetError, match=what):
+        Target.parse(text)
+
+
+def test_only_a_latency_has_a_unit_and_there_is_one_of_it_beside_no_sparsity() -> None:
+    with pytest.raises(TargetError, match="only a latency has one"):
+        parse_targets(Target("macs", 0.5, "ms"))
+    with pytest.raises(TargetError, match="several latencies"):
+        parse_targets(["latency=0.5", "latency=2ms"])
+    with pytest.raises(TargetError, match="cannot be met together"):
+        parse_targets(["latency=0.5", "sparsity=0.5"])
+    assert 2 == len(parse_targets(["latency=0.5", "macs=0.5"]))
+
+
+def test_a_latency_without_measured_costs_is_refused() -> None:
+    costs = cost_model(chain(), IMAGES)
+    scores = {group.name: torch.ones(group.num_channels) for group in costs.groups}
+
+    with pytest.raises(TargetError, match="needs latencies that were measured"):
+        allocate(scores, costs, targets=[Target("latency", 0.5)])
+
+
+def test_a_latency_is_searched_for_like_other_costs() -> None:
+    def milliseconds(shapes: Mapping[str, Sequence[int]]) -> float:
+        return 1.0 + shapes["0.weight"][0] + shapes["2.weight"][0]
+
+    costs = replace(cost_model(chain(), IMAGES), latency=milliseconds)
+    scores = {group.name: torch.arange(1.0, group.num_channels + 1) for group in costs.groups}
+
+    found = allocate(scores, costs, targets=[Target("latency", 9.0, "ms")])
+
+    assert 13.0 == Reference.of(costs).costs["latency"]
+    assert 9.0 == found.predicted["latency"]
+    [achieved] = found.achieved
+    assert (13.0, 9.0, 9.0, True) == (achieved.dense, achieved.asked, achieved.achieved, achieved.met)
+    half = allocate(scores, costs, targets=[Target("latency", 9.0, "ms")], fraction=0.5)
+    assert 11.0 == half.predicted["latency"]
+    with pytest.raises(TargetError, match=r"at most 2 ms asked for, the limits allow no less than 3 ms"):
+        allocate(scores, costs, targets=[Target("latency", 2.0, "ms")])
+
+
+def test_a_measured_latency_is_met_within_its_tolerance() -> None:
+    def met(achieved: float) -> bool:
+        return Achieved(Target("latency", 2.0, "ms"), 4.0, 2.0, achieved).met
+
+    assert [True, True, False] == [met(1.0), met(2.0 * 1.0299), met(2.0 * 1.0301)]
 
 
 def test_limits_that_contradict_themselves_are_refused() -> None:

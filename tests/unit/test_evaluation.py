@@ -97,6 +97,26 @@ def _lists_as_tuples(values: dict[str, object]) -> dict[str, object]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
+def test_entries_may_have_inputs_of_their_own(clock: FakeClock) -> None:
+    shapes: dict[str, list[tuple[int, ...]]] = {"wide": [], "narrow": []}
+
+    class Noting(FakeRuntime):
+        def bind(self, inputs: Sequence[Array]) -> Callable[[], object]:
+            shapes[self.kind].append(inputs[0].shape)
+            return super().bind(inputs)
+
+    entries = {}
+    for kind in shapes:
+        made = Noting(clock, [1.0])
+        made.kind = kind
+        entries[kind] = (made, MODEL)
+
+    report = measure_latency(entries, {"wide": [[np.zeros((2, 9))]], "narrow": [[np.zeros((2, 4))]]}, min_seconds=0)
+
+    assert ({(2, 9)}, {(2, 4)}) == (set(shapes["wide"]), set(shapes["narrow"]))
+    assert 2 == report.batch_size
+
+
 def test_short_runs_are_timed_together_until_the_clock_can_resolve_them(clock: FakeClock) -> None:
     quick = FakeRuntime(clock, [0.0005])
 

@@ -17,6 +17,7 @@ from nni_prune_ext.certificate import certify_plan, remove_channels
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import ConfigError, PluginError, TargetError, UnknownPluginError
 from nni_prune_ext.graph.channel_groups import trace_channel_groups
+from nni_prune_ext.methods import chosen_method
 from nni_prune_ext.methods.base import MethodContext, MethodSpec, NoOptions, Outcome, Phase, PruningMethod
 from nni_prune_ext.methods.baselines import L1, L2
 from nni_prune_ext.pipeline import PruneResult, method_options, prune
@@ -269,7 +270,7 @@ def test_mistakes_are_refused_before_anything_is_cut(
 
 
 def test_something_else_registered_as_a_pruner_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_plugin", lambda kind, name: 3.14)
+    monkeypatch.setattr(chosen_method, "load_plugin", lambda kind, name: 3.14)
 
     with pytest.raises(PluginError, match="is a float, expected a MethodSpec"):
         pruned(bench)
