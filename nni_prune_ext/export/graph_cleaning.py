@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLDED = frozenset({"Cast", "Concat", "ConstantOfShape", "Gather", "Reshape", "Slice", "Squeeze", "Transpose"})
@@ -76,6 +75,8 @@ def constants_to_initializers(model: onnx.ModelProto) -> None:
 
 def fold_constants(model: onnx.ModelProto) -> None:
     """Computes sizes and paddings whose parts are all known, and removes initializers that nobody reads any more."""
+    from onnx.reference import ReferenceEvaluator  # imported here because it loads all operators of ONNX
+
     graph, outputs = model.graph, {output.name for output in model.graph.output}
     known = {tensor.name: tensor for tensor in graph.initializer}
     opsets = {entry.domain: entry.version for entry in model.opset_import}

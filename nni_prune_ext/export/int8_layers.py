@@ -94,4 +94,18 @@ def int8_layers(proto: onnx.ModelProto, kept: Sequence[str]) -> tuple[tuple[str,
 
 def _names_of(node: onnx.NodeProto) -> tuple[str, ...]:
     weight = node.input[1].removesuffix(".weight") if len(node.input) > 1 else node.name
-    return node.name, node.name.rpartition("/")[0].lstrip("/"), weight
+    return node.name, _layer_of(node.name), weight
+
+
+def _layer_of(name: str) -> str:
+    """Returns PyTorch's name of the layer behind a node.
+
+    dynamo: ``layer1.0.conv1/Conv``. TorchScript repeats the name of a list in those of its items:
+    ``/layer1/layer1.0/conv1/Conv``.
+    """
+    parts: list[str] = []
+    for scope in name.strip("/").split("/")[:-1]:
+        if parts and scope.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(scope)
+    return ".".join(parts)

@@ -20,6 +20,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from nni_prune_ext.errors import DataError, ParityError
 from nni_prune_ext.export.parent_file import ParentFile
@@ -151,6 +152,7 @@ def open_cpu_session(source: Path | bytes) -> Session:
     onnxruntime = importlib.import_module("onnxruntime")  # only checking needs it
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised as well
+    options.intra_op_num_threads = torch.get_num_threads()
     content = source if isinstance(source, bytes) else str(source)
     session: Session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return session

@@ -242,7 +242,7 @@ def _exactness(report: RunReport) -> Section:
             cell(row.parity_limit, number_text.error, "unknown"),
             _parity_word(row.parity, row.parity_limit),
         ]
-        for row in report.rows
+        for row in report.networks
     ]
     tables.append(Table("Parity of the ONNX files", columns, [Group(rows)]))
     return Section("Certificate and parity", [certificate, _PARITY], tables=tables, beside=True)
