@@ -93,11 +93,7 @@ def quantize_onnx(
         2
     """
     path, out = Path(path), Path(out)
-    if calibration not in CALIBRATIONS:
-        raise ConfigError(
-            f"The calibration is '{calibration}', expected {', '.join(CALIBRATIONS)}."
-            f"{did_you_mean(calibration, CALIBRATIONS)} Choose one of them."
-        )
+    known_calibration(calibration)
     parent = open_parent(path)
     check_out(parent, out)
     dynamic = calibration == "dynamic"
@@ -106,7 +102,7 @@ def quantize_onnx(
     elif not dynamic:
         raise DataError(
             f"The calibration {calibration} needs images and got none, expected {FEWEST_IMAGES} or more from the "
-            "training data. Pass images."
+            "training data. Pass images (on the command line --data)."
         )
     graph = _prepared(path)
     kept = kept_nodes(graph, keep_float)
@@ -115,6 +111,21 @@ def quantize_onnx(
     reduced, kept_float = int8_layers(proto, kept)
     made = Conversion(proto, "int8", reduced, kept_float, _ADVICE, {"calibration": _facts(calibration, used)})
     return write_reduced(parent, out, made, labelled(parent, test_batches, images), max_drop)
+
+
+def known_calibration(name: str) -> Calibration:
+    """Returns the name of a calibration as it is.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    for known in CALIBRATIONS:
+        if name == known:
+            return known
+    raise ConfigError(
+        f"The calibration is '{name}', expected {', '.join(CALIBRATIONS)}.{did_you_mean(name, CALIBRATIONS)} Choose "
+        "one of them."
+    )
 
 
 def _prepared(path: Path) -> onnx.ModelProto:

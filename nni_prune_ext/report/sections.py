@@ -11,6 +11,7 @@ from nni_prune_ext.report.facts import EpochFacts, LatencyFacts, RunReport, Widt
 from nni_prune_ext.report.network_tables import before_after, has_gated, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
 from nni_prune_ext.report.pictures import pictures_section
+from nni_prune_ext.report.precision_section import precision_section
 from nni_prune_ext.report.verdicts import nothing_cut
 
 _SHOWN_CLOCKS = {
@@ -38,6 +39,8 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     if alone:
         yield Section("Before and after", tables=before_after([report]), marks=True, gated=has_gated([report]))
         yield accuracy_section([report])
+    if any(row.of for row in report.rows):
+        yield precision_section(report)
     yield _latency(report)
     if report.masked:
         yield _masks(report, name)
