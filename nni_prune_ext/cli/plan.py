@@ -99,6 +99,7 @@ def _show(prepared: Prepared, result: PruneResult | None) -> None:
     from rich.table import Table
 
     from nni_prune_ext.cli.job import tell_what_is_not_pruned
+    from nni_prune_ext.export.unaligned_widths import unaligned_convolutions, unaligned_sentence
 
     groups, dense, lowest = prepared.groups, prepared.dense, prepared.reachable
     assert groups is not None
@@ -123,10 +124,14 @@ def _show(prepared: Prepared, result: PruneResult | None) -> None:
     )
     for achieved in result.achieved if result else ():
         typer.echo(f"target {achieved.target}: asked {achieved.asked:,.6g}, achieved {achieved.achieved:,.6g}")
+    unaligned = unaligned_convolutions(result.model) if result else {}
+    if unaligned:
+        typer.echo(f"warning: {unaligned_sentence(unaligned)}", err=True)
 
 
 def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
+    from nni_prune_ext.export.unaligned_widths import unaligned_convolutions
 
     groups = prepared.groups
     assert groups is not None
@@ -144,6 +149,7 @@ def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
         value_dependent=list(groups.value_dependent),
         dense=prepared.dense.as_dict(),
         reachable=prepared.reachable,
+        unaligned=unaligned_convolutions(result.model) if result else {},
         targets=[
             {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
             for a in (result.achieved if result else ())

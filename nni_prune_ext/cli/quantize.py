@@ -105,7 +105,8 @@ def _places(
     if artefact is not None:
         if out is not None:
             raise ConfigError(
-                "--out was given with --artefact, expected with --onnx only: the file goes into the folder. Leave it out."
+                "--out was given with --artefact, expected with --onnx only: the file goes into the folder. Leave it "
+                "out."
             )
         checked_manifest(artefact, needed=(ONNX,))
         return artefact / ONNX, replacing_part(artefact, REDUCED_ONNX[kind]), ModelSpec.load(artefact)
