@@ -130,7 +130,7 @@ def _read(path: Path) -> onnx.ModelProto:
         raise ModelError(f"There is no file '{path}', expected an ONNX file. Export the model first.")
     decode_error: type[Exception] = import_module("google.protobuf.message").DecodeError  # it has no type hints
     try:
-        proto = onnx.load(str(path))
+        proto = onnx.load(str(path), format="protobuf")  # whatever the file is called
         onnx.checker.check_model(proto)
     except (OSError, ValueError, decode_error, onnx.checker.ValidationError) as error:
         reason = str(error).partition("\n")[0]
