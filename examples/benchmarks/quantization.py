@@ -58,7 +58,11 @@ def cifar(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     norm = {"mean": source.mean, "std": source.std}
     calibration = _images(source.train.subset(order[: options.calibration]), norm)
     recovery = source.train.subset(order[options.calibration : options.calibration + options.recovery_images])
-    test = list(npe.split_batches(source, "test", 500))
+    shuffled = torch.randperm(len(source.test), generator=torch.Generator().manual_seed(options.seed))
+    images = _images(source.test.subset(shuffled[: options.test_images]), norm)
+    labels = source.test.labels[shuffled[: options.test_images]]
+    test = list(zip(images.split(500), labels.split(500), strict=True))
+    print("data are open", flush=True)
     dense = npe.build_model("resnet56", num_classes=10, in_channels=3, weights=Path(options.weights)).eval()
     pruned = npe.prune(
         dense,
@@ -71,6 +75,7 @@ def cifar(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         settings=npe.TrainingSettings(learning_rate=options.learning_rate),
         seed=options.seed,
     )
+    print("pruned and recovered", flush=True)
     models = {"dense": dense, "pruned": pruned.model}
     facts = {"macs": {name: npe.count_costs(model, calibration[:1]).macs for name, model in models.items()}}
     return {**facts, **_rows(models, calibration, test, folder)}
@@ -139,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--multiple", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--recovery-images", type=int, default=5000)
+    parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -84,10 +85,8 @@ def test_the_report_shows_both_losses_apart(done: RunResult) -> None:
 def test_a_finished_run_is_found_again_and_replaced_whole(done: RunResult, tmp_path: Path) -> None:
     assert execute(recipe(done.folder), resume=True).already_done
 
-    out = tmp_path / "out"
-    execute(recipe(out))
-    without = job(out, control=False)
-    execute(without, overwrite=True)
+    out = Path(shutil.copytree(done.folder, tmp_path / "out"))
+    execute(job(out, control=False), overwrite=True)
 
     assert [] == [path.name for path in (out / "l1").iterdir() if "int8" in path.name or "fp16" in path.name]
 
