@@ -86,6 +86,10 @@ _PUBLIC = {
     "specialise_ort_cpu": "ort_specialisation",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
+    "PrecisionParity": "export.precision_check",
+    "ReducedExport": "export.reduced_export",
+    "convert_to_fp16": "export.fp16",
+    "quantize_onnx": "export.int8",
     "Checkpoints": "checkpoints",
     "Distillation": "training",
     "EpochLog": "training",
@@ -115,10 +119,14 @@ if TYPE_CHECKING:
     from nni_prune_ext.data.loaders import Loaders
     from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import load_pruned, write_artefacts
+    from nni_prune_ext.export.fp16 import convert_to_fp16
+    from nni_prune_ext.export.int8 import quantize_onnx
     from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
     from nni_prune_ext.export.onnx_routes import RoutedExport, export_routes
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.export.parity import check_parity
+    from nni_prune_ext.export.precision_check import PrecisionParity
+    from nni_prune_ext.export.reduced_export import ReducedExport
     from nni_prune_ext.export.routes_folder import RoutesIndex
     from nni_prune_ext.gated_deployment import FastestFlavour, export_fastest
     from nni_prune_ext.gates import (

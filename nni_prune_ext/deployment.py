@@ -22,6 +22,7 @@ from nni_prune_ext.errors import ExportError, ParityError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
     ONNX,
+    REDUCED_ONNX,
     ModelSpec,
     check_unused,
     check_writable,
@@ -40,6 +41,7 @@ from nni_prune_ext.export.parity import FAIL
 from nni_prune_ext.gates import GatedNetwork, MeasuredGating
 from nni_prune_ext.gating_facts import GatingRecord
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
+from nni_prune_ext.lower_precision import LowerPrecision, lower_rows
 from nni_prune_ext.pipeline import PruneResult
 from nni_prune_ext.report import Row
 from nni_prune_ext.report.gate_facts import GatingFacts
@@ -135,7 +137,7 @@ class Comparison(NamedTuple):
     """Networks side by side.
 
     Attributes:
-        rows: one per variant; none for a gated network that cannot be written in its flavour.
+        rows: one per variant and file of lower precision; none for a gated network that cannot be written in its flavour.
         latency: the measurement behind the rows, if there is one.
         gating: one entry per gated network, also about rows that are missing.
     """
@@ -157,6 +159,7 @@ def compare_variants(
     spec: ModelSpec | None = None,
     overwrite: bool = True,
     measurement: Measurement | None = Measurement(),
+    lower: LowerPrecision | None = None,
 ) -> Comparison:
     """Writes the artefacts of every variant and measures all side by side; the first one is the dense reference.
 
@@ -172,6 +175,8 @@ def compare_variants(
         spec: how the original model is built.
         overwrite: replace an earlier run in the folder; otherwise the folder must be empty.
         measurement: how long latency is measured; ``None`` measures none.
+        lower: files of lower precision to make of every network without gates, each with a row of its own. Accuracy
+            that is lost is shown and not judged; a file that cannot be made has no row, and ``progress`` is told why.
 
     Raises:
         OutputError, ExportError: see ``write_artefacts``.
@@ -208,10 +213,13 @@ def compare_variants(
             if gated is not None and gates.batches is not None:
                 row = _with_expected_macs(row, gated, example_inputs)
             rows.append(row)
+            if lower is not None and variant.flavour is None:
+                labelled = test_batches if metric is None and _are_images(test_batches or ()) else None
+                rows += lower_rows(row, files.onnx, lower, labelled, tell)
         latency = None
         if measurement is not None:
             tell("measuring latency, all networks side by side")
-            files_by_name = {row.name: draft / row.name / ONNX for row in rows}
+            files_by_name = {row.name: draft / (row.of or row.name) / _onnx_name(row) for row in rows}
             if given_inputs is not None:
                 inputs = [[np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors_in(given_inputs)]]
             else:
@@ -221,6 +229,10 @@ def compare_variants(
         for variant in variants:  # those that no report names
             remove_artefacts(folder / variant.name)
     return Comparison(rows if latency is None else _with_latency(rows, latency), latency, gates.facts())
+
+
+def _onnx_name(row: Row) -> str:
+    return ONNX if row.precision == "fp32" else REDUCED_ONNX[row.precision]
 
 
 def _single_images(images: Tensor) -> list[list[Array]]:

@@ -85,7 +85,7 @@ def run_trial(
         _check(recipe, settings)
         run = execute(recipe, resume=is_same, overwrite=not is_same, watcher=_Reports(report))
         metrics = _metrics(run, recipe, settings)
-        pruned = run.rows[-1]
+        pruned = run.networks[-1]
         if run.result is not None:  # of all epochs, also those before an interruption, whose reports may be lost
             facts["intermediate"] = [log.metric for log in run.result.logs if log.metric is not None]
         facts |= {"metrics": metrics, "row": vars(pruned), "artefact": str(run.folder / pruned.name),
@@ -175,7 +175,7 @@ def _check(recipe: Recipe, settings: TrialSettings) -> None:
 
 
 def _metrics(run: RunResult, recipe: Recipe, settings: TrialSettings) -> dict[str, float]:
-    dense, pruned = run.rows[0], run.rows[-1]
+    dense, pruned = run.networks[0], run.networks[-1]
     if pruned.validation is None or not math.isfinite(pruned.validation):
         raise TrainingError(
             f"The validation metric of the trial is {pruned.validation}, expected a finite number. Lower the learning "
@@ -217,7 +217,7 @@ def _share(found: Mapping[str, float | None], settings: TrialSettings) -> float:
 
 def _measured(run: RunResult, recipe: Recipe, name: str) -> dict[str, float | None]:
     """Measures the dense and the pruned network side by side on a runtime, one image at a time."""
-    rows: tuple[Row, Row] = (run.rows[0], run.rows[-1])
+    rows: tuple[Row, Row] = (run.networks[0], run.networks[-1])
     paths = {row.name: run.folder / row.name / ONNX for row in rows}
     spec = ModelSpec.load(run.folder / rows[0].name)
     assert spec is not None  # the workbench writes it

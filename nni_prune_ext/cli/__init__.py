@@ -16,6 +16,7 @@ from nni_prune_ext.cli.json_lines import json_line
 from nni_prune_ext.cli.list_plugins import list_plugins
 from nni_prune_ext.cli.plan import plan
 from nni_prune_ext.cli.prune import prune
+from nni_prune_ext.cli.quantize import quantize
 from nni_prune_ext.cli.report import report
 from nni_prune_ext.cli.run import run
 from nni_prune_ext.cli.sensitivity import sensitivity
@@ -42,6 +43,7 @@ app.command("run")(run)
 app.command("experiment")(experiment)
 app.command("transfer")(transfer)
 app.command("export")(export)
+app.command("quantize")(quantize)
 app.add_typer(gates, name="gates")
 app.command("benchmark")(benchmark)
 app.command("sensitivity")(sensitivity)

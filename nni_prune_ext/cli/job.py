@@ -238,6 +238,7 @@ def tell_json(event: str, **facts: object) -> None:
 def _show(recipe: Recipe, result: RunResult) -> None:
     from rich.console import Console  # imported here to keep --help instant
 
+    from nni_prune_ext.lower_precision import drop_sentences
     from nni_prune_ext.report import before_after_table
 
     if result.already_done:
@@ -247,6 +248,6 @@ def _show(recipe: Recipe, result: RunResult) -> None:
         tell_what_is_not_pruned(result.groups)
     console = Console(width=160)
     console.print(before_after_table(result.rows, title=result.title, caption=result.caption))
-    for sentence in result.targets:
+    for sentence in (*result.targets, *drop_sentences(result.rows)):
         console.print(sentence, highlight=False)
     console.print(f"artefacts in {result.artefacts[-1]}, report in {result.report}", highlight=False, soft_wrap=True)

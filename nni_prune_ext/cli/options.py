@@ -50,6 +50,10 @@ RECIPE_KEYS = {
     "temperature": "distillation.temperature",
     "control": "control",
     "measure": "measure",
+    "quantize": "quantize.precision",
+    "calibration": "quantize.calibration",
+    "calibration_images": "quantize.images",
+    "keep_float": "quantize.keep_float",
     "device": "device",
     "keep_checkpoints": "keep_checkpoints",
     "seed": "seed",
@@ -114,6 +118,13 @@ LayerLimits: TypeAlias = Annotated[
 ]
 ScopeOption: TypeAlias = Annotated[
     str, typer.Option("--scope", help="global: one ranking; local: one ratio for all groups.")
+]
+Calibration: TypeAlias = Annotated[
+    str, typer.Option(help="How int8 takes its ranges: minmax, entropy, percentile, or dynamic.")
+]
+CalibrationImages: TypeAlias = Annotated[int, typer.Option(min=8, help="Training images that calibrate int8.")]
+KeepFloat: TypeAlias = Annotated[
+    list[str], typer.Option(help="Name pattern of layers that stay in float32; repeatable.")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Images per batch.")]

@@ -108,6 +108,7 @@ def _show(prepared: Prepared, result: PruneResult | None) -> None:
     from rich.table import Table
 
     from nni_prune_ext.cli.job import tell_what_is_not_pruned
+    from nni_prune_ext.export.unaligned_widths import unaligned_convolutions, unaligned_sentence
 
     groups, dense, lowest = prepared.groups, prepared.dense, prepared.reachable
     assert groups is not None
@@ -137,10 +138,14 @@ def _show(prepared: Prepared, result: PruneResult | None) -> None:
         )
     for sentence in result.latency.sentences() if result and result.latency else ():
         typer.echo(sentence)
+    unaligned = unaligned_convolutions(result.model) if result else {}
+    if unaligned:
+        typer.echo(f"warning: {unaligned_sentence(unaligned)}", err=True)
 
 
 def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
+    from nni_prune_ext.export.unaligned_widths import unaligned_convolutions
 
     groups = prepared.groups
     assert groups is not None
@@ -158,6 +163,7 @@ def _show_json(prepared: Prepared, result: PruneResult | None) -> None:
         value_dependent=list(groups.value_dependent),
         dense=prepared.dense.as_dict(),
         reachable=prepared.reachable,
+        unaligned=unaligned_convolutions(result.model) if result else {},
         targets=[
             {"target": str(a.target), "dense": a.dense, "asked": a.asked, "achieved": a.achieved, "met": a.met}
             for a in (result.achieved if result else ())

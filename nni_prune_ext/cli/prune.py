@@ -72,6 +72,12 @@ def prune(
         ),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency side by side.")] = True,
+    quantize: Annotated[
+        list[str], typer.Option(help="Also make ONNX files in int8 or fp16, with rows of their own; repeatable.")
+    ] = [],  # noqa: B006
+    calibration: o.Calibration = "minmax",
+    calibration_images: o.CalibrationImages = 256,
+    keep_float: o.KeepFloat = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a GPU if there is one.")] = "auto",
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep the checkpoints when the run is done.")

@@ -29,7 +29,9 @@ MASKS = "masks.safetensors"
 GATED = "gated.safetensors"
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
-READ_PARTS = (PLAN, WEIGHTS, ONNX, f"{ONNX}.data", SPEC, MASKS, GATED)
+REDUCED_ONNX = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
+"""Precision → the ONNX file of lower precision beside ``model.onnx``."""
+READ_PARTS = (PLAN, WEIGHTS, ONNX, f"{ONNX}.data", *REDUCED_ONNX.values(), SPEC, MASKS, GATED)
 """The parts that this package reads back; texts such as reports may lie beside them."""
 _DRAFT = ".unfinished-"
 _DRAFT_NAME = re.compile(r"\.unfinished-(?P<host>.+)-(?P<pid>[1-9][0-9]*)-[a-z0-9_]{8}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nni_prune_ext.errors import ExportError
 from nni_prune_ext.export.graph_cleaning import (
     constants_to_initializers,
+    fold_constants,
     name_nodes_after_layers,
     remove_identities,
     strip_traces,
@@ -159,6 +160,7 @@ def _torchscript(
         proto = onnx.load(str(file))
     remove_identities(proto)
     constants_to_initializers(proto)
+    fold_constants(proto)
     return proto
 
 

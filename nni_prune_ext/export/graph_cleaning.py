@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import onnx
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_FOLDED = frozenset({"Cast", "Concat", "ConstantOfShape", "Gather", "Reshape", "Slice", "Squeeze", "Transpose"})
+"""What the TorchScript exporter computes sizes and paddings with; weights are folded by the exporter itself."""
 
 
 def name_nodes_after_layers(model: onnx.ModelProto) -> None:
@@ -70,6 +73,42 @@ def constants_to_initializers(model: onnx.ModelProto) -> None:
     _remove_writers(model.graph, constants)
 
 
+def fold_constants(model: onnx.ModelProto) -> None:
+    """Computes sizes and paddings whose parts are all known, and removes initializers that nobody reads any more."""
+    from onnx.reference import ReferenceEvaluator  # imported here because it loads all operators of ONNX
+
+    graph, outputs = model.graph, {output.name for output in model.graph.output}
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    for node in list(graph.node):
+        given = [name for name in node.input if name]
+        if node.op_type not in _FOLDED or not set(given) <= known.keys() or node.output[0] in outputs:
+            continue
+        values = {name: onnx.numpy_helper.to_array(known[name]) for name in given}
+        (value,) = ReferenceEvaluator(node, opsets=opsets).run(None, values)
+        tensor = onnx.numpy_helper.from_array(np.asarray(value), node.output[0])
+        graph.initializer.append(tensor)
+        known[tensor.name] = tensor
+        graph.node.remove(node)
+    remove_unread(model)
+
+
+def remove_unread(model: onnx.ModelProto) -> None:
+    """Removes initializers that no node reads and that are no output."""
+    read = {output.name for output in model.graph.output} | set(_names_read(model.graph))
+    for index in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[index].name not in read:
+            del model.graph.initializer[index]
+
+
+def drop_unused_domains(model: onnx.ModelProto) -> None:
+    """Removes operator sets that no node is of; ONNX Runtime lists all that it knows."""
+    used = {node.domain for node in model.graph.node} | {""}
+    for index in reversed(range(len(model.opset_import))):
+        if model.opset_import[index].domain not in used:
+            del model.opset_import[index]
+
+
 class _Field(Protocol):
     name: str
     type: int
@@ -89,6 +128,16 @@ def _remove_writers(graph: onnx.GraphProto, names: Container[str]) -> None:
     for index in reversed(range(len(graph.node))):
         if graph.node[index].output[0] in names:
             del graph.node[index]
+
+
+def _names_read(graph: onnx.GraphProto) -> Iterator[str]:
+    """Yields the names that nodes read, also in the branches of control flow."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from (output.name for output in attribute.g.output)
+                yield from _names_read(attribute.g)
 
 
 def _rename_inputs(graph: onnx.GraphProto, sources: dict[str, str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -171,6 +172,22 @@ def add_parts(folder: Path, parts: Mapping[str, str]) -> None:
         write_text(folder / name, text)
     added = {name: Part.of(folder / name) for name in parts}
     manifest.model_copy(update={"parts": {**kept, **added}}).save(folder)
+
+
+@contextmanager
+def replacing_part(folder: Path, name: str) -> Iterator[Path]:
+    """Yields the path of a part to write, or to replace, in an artefact folder; the manifest follows.
+
+    On an error inside the block the folder is as it was. A kill between part and manifest leaves a folder that is
+    refused, because the part is not the one that the manifest names.
+
+    Raises:
+        ArtefactError: the folder has no usable manifest.
+    """
+    manifest = read_manifest(folder)
+    yield folder / name
+    parts = {**manifest.parts, name: Part.of(folder / name)}
+    manifest.model_copy(update={"parts": parts}).save(folder)
 
 
 def _check_body(path: Path, content: Mapping[str, object]) -> None:

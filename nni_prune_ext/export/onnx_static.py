@@ -6,6 +6,7 @@ that wrote it. It appears under its name only when it is complete and checked.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from nni_prune_ext.export.frozen_model import evaluation_mode, exportable_form
 from nni_prune_ext.export.model_call import ModelCall, as_call, named_leaves
 from nni_prune_ext.export.parity import FAIL, ParityReport, check_parity
 from nni_prune_ext.export.provenance import provenance
+from nni_prune_ext.export.unaligned_widths import unaligned_convolutions, unaligned_sentence
 from nni_prune_ext.export.weight_masks import not_finite
 from nni_prune_ext.inputs import ExampleInputs
+
+_log = logging.getLogger(__name__)
 
 ONE_FILE_LIMIT_BYTES = 1_500_000_000
 """Weights above this go to a second file, ``<name>.data``: a protobuf message cannot exceed 2 GB."""
@@ -42,6 +46,8 @@ class ExportResult:
         properties: The metadata in the file, with prefixed names.
         parity: The comparison with PyTorch, or None if `check` was off.
         size_bytes: Size of the file, with the weights beside it.
+        unaligned: Convolutions that miss ONNX Runtime's fast layout on the CPU, with their input channels; a warning
+            is logged if there are any.
     """
 
     path: Path
@@ -51,6 +57,7 @@ class ExportResult:
     properties: Mapping[str, str]
     parity: ParityReport | None
     size_bytes: int
+    unaligned: Mapping[str, int]
 
 
 def export_onnx(
@@ -107,14 +114,17 @@ def export_onnx(
         )
         onnx.helper.set_model_props(proto, written)
         draft = folder / path.name
-        _write(proto, draft, model)
+        write_graph(proto, draft, type(model).__name__)
         parity = None
         if check:
             parity = check_parity(model, draft, example_inputs, given_inputs=given_inputs, fail=fail)
             _require_parity(parity, model, fail)
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         data_path = publish(folder, path)
-    return ExportResult(path, data_path, used, reason, written, parity, size_bytes)
+    unaligned = unaligned_convolutions(model)
+    if unaligned:
+        _log.warning("%s", unaligned_sentence(unaligned))
+    return ExportResult(path, data_path, used, reason, written, parity, size_bytes, unaligned)
 
 
 def published(proto: onnx.ModelProto, path: Path, model: nn.Module) -> int:
@@ -125,7 +135,7 @@ def published(proto: onnx.ModelProto, path: Path, model: nn.Module) -> int:
         OutputError: the file cannot be written.
     """
     with temporary_folder_beside(path) as folder:
-        _write(proto, folder / path.name, model)
+        write_graph(proto, folder / path.name, type(model).__name__)
         size_bytes = sum(part.stat().st_size for part in folder.iterdir())
         publish(folder, path)
     return size_bytes
@@ -162,16 +172,24 @@ def _output_names(model: nn.Module, call: ModelCall) -> list[str]:
     return [f"{name}_" if name in call.named_tensors() else name for name in names]
 
 
-def _write(proto: onnx.ModelProto, draft: Path, model: nn.Module) -> None:
-    """Writes the graph, with large weights in a second file, and lets onnx check the result."""
-    weights_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+def write_graph(proto: onnx.ModelProto, draft: Path, name: str) -> None:
+    """Writes a graph into a temporary folder, with large weights in a second file, and lets onnx check the result.
+
+    Args:
+        name: what messages call the network.
+
+    Raises:
+        ExportError: the graph is not valid ONNX.
+        OutputError: the file cannot be written.
+    """
+    weights_bytes = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
     external = weights_bytes > ONE_FILE_LIMIT_BYTES
     try:
         onnx.save_model(proto, str(draft), save_as_external_data=external, location=_data_path(draft).name)
         onnx.checker.check_model(str(draft))
     except onnx.checker.ValidationError as error:
         raise ExportError(
-            f"The exported graph of {type(model).__name__} is not valid ONNX: {first_line(error)}. Expected a graph "
+            f"The exported graph of {name} is not valid ONNX: {first_line(error)}. Expected a graph "
             'that onnx.checker accepts. Try the other exporter with exporter="torchscript" or exporter="dynamo".'
         ) from error
     except OSError as error:

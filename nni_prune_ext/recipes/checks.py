@@ -159,6 +159,8 @@ def _conflicts(recipe: Recipe, epochs: int, complete: bool) -> Iterator[tuple[tu
             yield (f"options.{policy}", "data"), missing
         if epochs:
             yield ("options", "data"), f"with training between its steps {missing}"
+        if recipe.quantize and "int8" in recipe.quantize.precision and recipe.quantize.calibration != "dynamic":
+            yield ("quantize", "data"), "int8 is calibrated on training images. Add data, or choose fp16."
         if recipe.training.patience:
             yield ("training.patience", "data"), "there is no validation split to stop by. Add data, or leave it out."
     if recipe.distillation and not recipe.recovery_epochs:

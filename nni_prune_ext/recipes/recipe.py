@@ -11,11 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, fi
 
 from nni_prune_ext.allocation import Limits, Scope, latency_of, parse_targets
 from nni_prune_ext.errors import TargetError
+from nni_prune_ext.export.int8 import FEWEST_IMAGES, Calibration
+from nni_prune_ext.export.precision_check import Reduced
 from nni_prune_ext.latency.conditions import LatencyConditions
 from nni_prune_ext.training.distillation import Distillation
 from nni_prune_ext.training.settings import TrainingSettings
 
-SHORT_FORMS = {"model": "name", "data": "source", "train": "epochs", "recovery": "epochs", "latency": "runtime"}
+SHORT_FORMS = {
+    "model": "name", "data": "source", "train": "epochs", "recovery": "epochs", "quantize": "precision",
+    "latency": "runtime",
+}  # fmt: skip
 """Sections that may be written as one value: ``model: resnet20`` is ``model: {name: resnet20}``."""
 
 
@@ -96,6 +101,29 @@ class MeasureSection(BaseModel):
     min_seconds: float = Field(default=2.0, ge=0, description="shortest time for all rounds together")
 
 
+class QuantizeSection(BaseModel):
+    """Which files of lower precision are made of every network, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: tuple[Reduced, ...] = Field(default=("int8",), min_length=1, description="`int8`, `fp16`, or a list")
+    calibration: Calibration = Field(
+        default="minmax", description="`minmax`, `entropy` or `percentile`; `dynamic` needs no images"
+    )
+    images: int = Field(default=256, ge=FEWEST_IMAGES, strict=True, description="training images that calibrate int8")
+    keep_float: tuple[str, ...] = Field(default=(), description="name patterns of layers that stay in float32")
+
+    @field_validator("precision", "keep_float", mode="before")
+    @classmethod
+    def _read_one(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("precision")
+    @classmethod
+    def _check_once(cls, value: tuple[Reduced, ...]) -> tuple[Reduced, ...]:
+        return tuple(dict.fromkeys(value))
+
+
 class Recipe(BaseModel):
     """A whole job: model, data, base training, method and target, recovery, measurement.
 
@@ -127,6 +155,7 @@ class Recipe(BaseModel):
         default=None, description="a row for the dense network, trained as long; on where something trains"
     )
     measure: MeasureSection | None = MeasureSection()
+    quantize: QuantizeSection | None = None
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where it computes; `auto` takes a GPU if there is one"
     )
@@ -194,7 +223,8 @@ def section_in(annotation: object) -> type[BaseModel] | None:
 def _written_out(values: Mapping[str, object]) -> dict[str, object]:
     full = dict(values)
     for section, key in SHORT_FORMS.items():
-        if isinstance(full.get(section), (str, int)) and not isinstance(full[section], bool):
+        kinds = (str, list) if section == "quantize" else (str, int)
+        if isinstance(full.get(section), kinds) and not isinstance(full[section], bool):
             full[section] = {key: full[section]}
     if isinstance(full.get("measure"), bool):
         full["measure"] = {} if full["measure"] else None

@@ -181,6 +181,11 @@ class RunReport(_Facts):
         """Returns what the accuracy columns hold, for a heading: ``top-1``, or the name of the metric's function."""
         return self.metric.rsplit(":", 1)[-1] if self.metric else number_text.TOP1
 
+    @property
+    def networks(self) -> tuple[Row, ...]:
+        """Returns the rows of networks, without those of their files of lower precision."""
+        return tuple(row for row in self.rows if row.precision == "fp32")
+
     def kind(self, row: Row) -> Kind:
         """Returns what a row of this run is; the first one is the dense network, whatever it says."""
         return "dense" if row is self.rows[0] else row.kind

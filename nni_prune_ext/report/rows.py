@@ -12,6 +12,7 @@ from rich.table import Table
 from nni_prune_ext.report import number_text
 
 Kind: TypeAlias = Literal["dense", "control", "gated", "pruned"]
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Row:
         weight_sparsity: share (0–1) of the weights left that a weight mask holds at zero.
         kind: the dense network, a control (dense, but trained further), a network that is gated per input (its MACs are
             a mean over the test images), or a pruned network.
+        precision: of the ONNX file. A row of lower precision knows what the file tells: size, accuracy, latency.
+        of: name of the float32 row that a row of lower precision was made from; its folder holds the file.
+        conversion: how a file of lower precision was made and compared, as ``ReducedExport.facts`` says it.
     """
 
     name: str
@@ -56,6 +60,9 @@ class Row:
     validation: float | None = None
     weight_sparsity: float | None = None
     kind: Kind = "pruned"
+    precision: Precision = "fp32"
+    of: str | None = None
+    conversion: Mapping[str, object] | None = None
 
 
 HEADINGS = (

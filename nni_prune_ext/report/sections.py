@@ -12,6 +12,7 @@ from nni_prune_ext.report.gates import gates_sections
 from nni_prune_ext.report.network_tables import before_after, has_gated, latency_table
 from nni_prune_ext.report.page_parts import Cell, Chart, Column, Group, Section, Table, cell, pairs, words
 from nni_prune_ext.report.pictures import pictures_section
+from nni_prune_ext.report.precision_section import precision_section
 from nni_prune_ext.report.verdicts import nothing_cut
 
 _SHOWN_CLOCKS = {
@@ -39,6 +40,8 @@ def run_sections(report: RunReport, *, run: int, alone: bool) -> Iterator[Sectio
     if alone:
         yield Section("Before and after", tables=before_after([report]), marks=True, gated=has_gated([report]))
         yield accuracy_section([report])
+    if any(row.of for row in report.rows):
+        yield precision_section(report)
     yield _latency(report)
     if report.masked:
         yield _masks(report, name)
@@ -245,7 +248,7 @@ def _exactness(report: RunReport) -> Section:
             cell(row.parity_limit, number_text.error, "unknown"),
             _parity_word(row.parity, row.parity_limit),
         ]
-        for row in report.rows
+        for row in report.networks
     ]
     tables.append(Table("Parity of the ONNX files", columns, [Group(rows)]))
     return Section("Certificate and parity", [certificate, _PARITY], tables=tables, beside=True)

@@ -108,14 +108,14 @@ def parity_verdict(report: RunReport) -> Verdict:
     ]
     if broken:
         return Verdict("bad", f"Parity: BROKEN for {', '.join(broken)}. Largest relative error {error}.")
-    left_out = len(report.rows) - len(checked)
-    rest = f"; not measured for {left_out} of {len(report.rows)} networks" if left_out else ""
+    left_out = len(report.networks) - len(checked)
+    rest = f"; not measured for {left_out} of {len(report.networks)} networks" if left_out else ""
     return Verdict("good", f"Parity: ONNX Runtime agrees with PyTorch to {error}{rest}.")
 
 
 def key_figures(report: RunReport) -> list[Figure]:
     """Returns the numbers that stand out; none unless there is exactly one pruned network."""
-    pruned = [row for row in report.rows if report.kind(row) == "pruned"]
+    pruned = [row for row in report.networks if report.kind(row) == "pruned"]
     if len(pruned) != 1:
         return []
     dense, row = report.rows[0], pruned[0]

@@ -30,7 +30,7 @@ from nni_prune_ext.training.processes import (
 )
 from nni_prune_ext.workbench.folder_state import checked_folder, is_finished, remove_checkpoints, remove_empty_claim
 from nni_prune_ext.workbench.identity import base_identity, control_identity, run_identity
-from nni_prune_ext.workbench.preparation import Prepared, planned_epochs, prepare, wants_control
+from nni_prune_ext.workbench.preparation import Prepared, lower_precision, planned_epochs, prepare, wants_control
 from nni_prune_ext.workbench.run_folder import CHECKPOINTS, RECIPE, REPORT, run_facts, target_sentences, write_run
 from nni_prune_ext.workbench.run_lock import locked
 
@@ -68,9 +68,14 @@ class RunResult:
         return self.folder / REPORT
 
     @property
+    def networks(self) -> tuple[Row, ...]:
+        """The rows of networks, without those of their files of lower precision."""
+        return tuple(row for row in self.rows if row.precision == "fp32")
+
+    @property
     def artefacts(self) -> list[Path]:
         """One artefact folder per network."""
-        return [self.folder / row.name for row in self.rows]
+        return [self.folder / row.name for row in self.networks]
 
     def summary(self) -> dict[str, object]:
         """Returns the result for machines, as JSON values."""
@@ -293,10 +298,11 @@ def _delivered(
         progress=watcher.note,
         spec=prepared.job.spec,
         measurement=Measurement(**recipe.measure.model_dump()) if recipe.measure else None,
+        lower=lower_precision(prepared),
     )
     if evaluate is not None:
         models = {variant.name: variant.model for variant in made.variants}
-        rows = [replace(row, validation=evaluate(models[row.name])) for row in rows]
+        rows = [replace(row, validation=evaluate(models[row.name])) if row.name in models else row for row in rows]
     facts = run_facts(prepared, made.result, latency, curves=made.curves, networks=made.variants, gating=gating)
     report = write_run(out, recipe, rows, {**facts, "identity": dict(identity)})
     return RunResult(

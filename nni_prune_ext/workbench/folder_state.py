@@ -90,7 +90,8 @@ def is_finished(out: Path, identity: Mapping[str, Json], tell: Callable[[str], N
         return False
     try:
         content = json.loads((out / REPORT).read_bytes())
-        saved, names = content.get("identity"), [str(row["name"]) for row in content["rows"]]
+        saved = content.get("identity")
+        names = [str(row["name"]) for row in content["rows"] if row.get("of") is None]  # others have no folder
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged: it will be written anew
         return False
     different = differences(saved, json.loads(json.dumps(identity)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -11,16 +12,18 @@ from torch import nn
 from nni_prune_ext.allocation import CostModel, Limits, check_feasible, counted_only, parse_targets, sparsity_of
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import Costs, count_costs
-from nni_prune_ext.data.batches import split_batches
+from nni_prune_ext.data.batches import BatchLoader, split_batches
 from nni_prune_ext.data.image_arrays import DataSource
 from nni_prune_ext.data.loaders import Loaders
 from nni_prune_ext.data.sources import open_source
+from nni_prune_ext.data.splitting import split_off
 from nni_prune_ext.deployment import Metric
 from nni_prune_ext.errors import ConfigError, NniPruneExtError, RecipeError, WeightsError
 from nni_prune_ext.export.artefact_folder import ModelSpec
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs, tensors_in
 from nni_prune_ext.latency import LatencyConditions
+from nni_prune_ext.lower_precision import LowerPrecision
 from nni_prune_ext.models.loading import build_model
 from nni_prune_ext.recipes import Origins, Recipe, method_epochs
 from nni_prune_ext.runtimes.registered import usable_runtime
@@ -124,6 +127,7 @@ def prepare(recipe: Recipe, *, origins: Origins | None = None) -> Prepared:
         if recipe.aims_at_latency:
             with origins.named("latency", "runtime"):
                 usable_runtime((recipe.latency or LatencyConditions()).runtime)
+    _check_quantize(recipe, job, origins)
     prepared = Prepared(recipe, job, loss, metric, dense, groups, reachable)
     _try_on_data(prepared, origins)
     return prepared
@@ -138,6 +142,41 @@ def _try_on_data(prepared: Prepared, origins: Origins) -> None:
         return
     try_loss(job.model, train, prepared.loss, recipe, origins)
     try_metric(job.model, val, prepared.metric, recipe, origins)
+
+
+def _check_quantize(recipe: Recipe, job: Job, origins: Origins) -> None:
+    """Makes sure that files of lower precision can be made, before any work."""
+    section = recipe.quantize
+    if section is None:
+        return
+    if job.source is None and job.loaders is not None and "int8" in section.precision:
+        raise RecipeError(
+            f"{origins.subject(('quantize',))} asks for int8, but the data are loaders, expected images in memory to "
+            "calibrate on. Leave int8 out, and use quantize_onnx on the ONNX file with images of your own."
+        )
+    layers = [name for name, part in job.model.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    for pattern in section.keep_float:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise RecipeError(
+                f"{origins.subject(('quantize', 'keep_float'))}: '{pattern}' matches no convolution or linear layer, "
+                f"expected one of {', '.join(layers[:8])}{', …' if len(layers) > 8 else ''}. Correct the pattern."
+            )
+
+
+def lower_precision(prepared: Prepared) -> LowerPrecision | None:
+    """Returns which files of lower precision a run makes, with training images to calibrate on, if any."""
+    section, source = prepared.recipe.quantize, prepared.job.source
+    if section is None:
+        return None
+    images = calibration_images(source, section.images, seed=prepared.recipe.seed) if source else None
+    return LowerPrecision(section.precision, images, section.calibration, section.keep_float)
+
+
+def calibration_images(source: DataSource, count: int, *, seed: int) -> torch.Tensor:
+    """Returns training images as the network sees them when it is used, ``(N, C, H, W)`` float32, classes balanced."""
+    _, drawn = split_off(source.train.labels, min(count, len(source.train)), seed=seed)
+    images, _ = next(iter(BatchLoader(source.train.subset(drawn), len(drawn), mean=source.mean, std=source.std)))
+    return images
 
 
 def _limit_key(recipe: Recipe, groups: ChannelGroups) -> tuple[str, ...]:

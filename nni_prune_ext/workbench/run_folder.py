@@ -66,7 +66,9 @@ def write_run(out: Path, recipe: Recipe, rows: Sequence[Row], facts: Mapping[str
     write_report(out / REPORT, rows, facts)
     report = RunReport.load(out)
     write_html(out / PAGE, [report])
-    add_parts(out / rows[-1].name, {name: (out / name).read_text(encoding="utf-8") for name in (REPORT, PAGE)})
+    add_parts(
+        out / report.networks[-1].name, {name: (out / name).read_text(encoding="utf-8") for name in (REPORT, PAGE)}
+    )
     write_text(out / RECIPE, recipe.to_yaml())
     return report
 

@@ -38,8 +38,8 @@ def test_options_and_recipes_have_the_same_defaults(verb):
     different = {}
     for parameter in VERBS[verb].params:
         key = RECIPE_KEYS.get(parameter.name)
-        if key is None or parameter.required or parameter.name in ("method", "epochs", "measure"):
-            continue  # a recipe may prune nothing; no recovery is no section; measuring is a section
+        if key is None or parameter.required or parameter.name in ("method", "epochs", "measure", "quantize"):
+            continue  # a recipe may prune nothing; no recovery or quantising is no section; measuring is a section
         model: type[BaseModel] = Recipe
         for part in key.split(".")[:-1]:
             model = section_in(model.model_fields[part].annotation) or model
@@ -88,6 +88,10 @@ CASES = {
     "--metric my.module:iou": ("metric", "my.module:iou"),
     "--no-control": ("control", False),
     "--no-measure": ("measure", None),
+    "--quantize fp16": ("quantize.precision", ["fp16"]),
+    "--data digits --quantize int8 --calibration entropy": ("quantize.calibration", "entropy"),
+    "--data digits --quantize int8 --calibration-images 64": ("quantize.images", 64),
+    "--quantize fp16 --keep-float conv1": ("quantize.keep_float", ["conv1"]),
     "--device cpu": ("device", "cpu"),
     "--keep-checkpoints": ("keep_checkpoints", True),
     "--seed 3": ("seed", 3),
@@ -128,6 +132,8 @@ MISTAKES = {
     "--pretrained --weights a.pt": "--pretrained conflicts with --weights: two sources of weights",
     "--distill 0.5": "--distill: distillation without recovery: the teacher is only used in recovery.",
     "--control": "--control without recovery: nothing trains",
+    "--quantize int8": "--quantize without data: int8 is calibrated on training images. Add data",
+    "--quantize int4": "--quantize: quantize.precision.0 is 'int4': expected 'int8' or 'fp16'. Did you mean 'int8'?",
     "--batch-size 4": "--batch-size: data.source is missing, expected a value. Add it.",
     "--option steps=0": "--option steps: options.steps is 0: expected a value greater than or equal to 1.",
     "--option step=2": "--option step: options.step: there is no such key. Did you mean 'steps'?",

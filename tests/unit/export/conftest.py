@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from precision_nets import Digits, trained_digits
 from torch import Tensor, nn
 
 from nni_prune_ext.export.onnx_static import ExportResult, export_onnx
@@ -40,3 +41,9 @@ def exported(tiny_net: TinyNet, tmp_path_factory: pytest.TempPathFactory) -> Exp
     """The network as the dynamo exporter writes it, from an example of batch size 1."""
     path = tmp_path_factory.mktemp("exported") / "tiny.onnx"
     return export_onnx(tiny_net, torch.zeros(1, 3, 8, 8), path, properties={"plan": '{"removed": {}}'})
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """A network that reads digits, trained once for all tests of lower precision."""
+    return trained_digits(tmp_path_factory.mktemp("digits"))

@@ -7,8 +7,11 @@ from onnx import TensorProto, helper
 
 from nni_prune_ext.export.graph_cleaning import (
     constants_to_initializers,
+    drop_unused_domains,
+    fold_constants,
     name_nodes_after_layers,
     remove_identities,
+    remove_unread,
     strip_traces,
 )
 
@@ -87,3 +90,54 @@ def test_nodes_are_named_after_the_innermost_layer_and_numbered() -> None:
     name_nodes_after_layers(model)
 
     assert ["stem.0/Relu", "stem.0/Relu_2", "Relu", "node"] == [node.name for node in model.graph.node]
+
+
+def constant(name: str, values: list[int]) -> onnx.TensorProto:
+    return helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+
+
+def test_sizes_are_computed_where_all_parts_are_known() -> None:
+    model = graph_of(
+        helper.make_node("Concat", ["a", "b"], ["c"], axis=0),
+        helper.make_node("Cast", ["c"], ["d"], to=TensorProto.FLOAT),
+        helper.make_node("Concat", ["d", "x"], ["e"], axis=0),
+        helper.make_node("Relu", ["w"], ["z"]),
+        helper.make_node("Add", ["e", "z"], ["y"]),
+    )
+    model.graph.initializer.extend([constant("a", [1]), constant("b", [2, 3]), constant("w", [4]), constant("v", [5])])
+
+    fold_constants(model)
+
+    assert ["Concat", "Relu", "Add"] == [node.op_type for node in model.graph.node]
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor).tolist() for tensor in model.graph.initializer}
+    assert {"w": [4], "d": [1.0, 2.0, 3.0]} == found
+
+
+def test_an_output_keeps_its_name_even_if_it_is_known() -> None:
+    model = graph_of(helper.make_node("Concat", ["a"], ["y"], axis=0))
+    model.graph.initializer.append(constant("a", [1]))
+
+    fold_constants(model)
+
+    assert ["Concat"] == [node.op_type for node in model.graph.node]
+
+
+def test_what_a_branch_reads_stays() -> None:
+    output = helper.make_tensor_value_info("z", TensorProto.FLOAT, [1])
+    branch = helper.make_graph([helper.make_node("Add", ["x", "a"], ["z"])], "branch", [], [output])
+    model = graph_of(helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
+    model.graph.initializer.extend([constant("a", [1]), constant("b", [2])])
+
+    remove_unread(model)
+
+    assert ["a"] == [tensor.name for tensor in model.graph.initializer]
+
+
+def test_operator_sets_that_nobody_uses_are_dropped() -> None:
+    model = graph_of(helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Own", ["a"], ["y"], domain="own"))
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in ("", "other", "own"))
+
+    drop_unused_domains(model)
+
+    assert ["", "own"] == [entry.domain for entry in model.opset_import]
