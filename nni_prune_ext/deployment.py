@@ -137,7 +137,7 @@ class Comparison(NamedTuple):
     """Networks side by side.
 
     Attributes:
-        rows: one per variant and file of lower precision; none for a gated network that cannot be written in its flavour.
+        rows: one per variant and file of lower precision; none for a gated network that has no file in its flavour.
         latency: the measurement behind the rows, if there is one.
         gating: one entry per gated network, also about rows that are missing.
     """
