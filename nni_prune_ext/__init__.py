@@ -78,6 +78,9 @@ _PUBLIC = {
     "export_fastest": "gated_deployment",
     "export_onnx": "export.onnx_static",
     "check_parity": "export.parity",
+    "Diagnosis": "doctor",
+    "diagnose": "doctor",
+    "diagnose_recorded": "doctor",
     "Checkpoints": "checkpoints",
     "Distillation": "training",
     "EpochLog": "training",
@@ -107,6 +110,7 @@ if TYPE_CHECKING:
     from nni_prune_ext.data.loaders import Loaders
     from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import load_pruned, write_artefacts
+    from nni_prune_ext.doctor import Diagnosis, diagnose, diagnose_recorded
     from nni_prune_ext.export.onnx_gated import GatedExport, export_gated
     from nni_prune_ext.export.onnx_static import export_onnx
     from nni_prune_ext.export.parity import check_parity

@@ -95,7 +95,8 @@ LayerLimits: TypeAlias = Annotated[
     list[str], typer.Option("--layer", help="PATTERN=MIN:MAX pruning ratios; repeatable.")
 ]
 LimitsFile: TypeAlias = Annotated[
-    Path | None, typer.Option("--limits", help="JSON file of limits; options win over it.")
+    Path | None,
+    typer.Option("--limits", help="JSON file of limits, such as the advice of `doctor`; options win over it."),
 ]
 ScopeOption: TypeAlias = Annotated[
     str, typer.Option("--scope", help="global: one ranking; local: one ratio for all groups.")
