@@ -1,7 +1,8 @@
-"""The doctor on MobileNetV2: cut with widths as the scores ask, diagnosed, cut again with the advice, measured in turns.
+"""The doctor on MobileNetV2: cut with widths as the scores ask, diagnosed, cut again with the advice.
 
-What is predicted is the gain of the same plan with the advised widths rounded up; what is measured is a new plan for the
-same target whose widths keep the advised multiples. Widths of 8 and 16 everywhere stand beside it. Nothing is trained.
+What is predicted is the gain of the same plan with the advised widths rounded up; what is measured is a new plan for
+the same target whose widths keep the advised multiples, all networks in turns. Multiples of 8 and 16 everywhere stand
+beside it. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ def main() -> None:
     model = npe.build_model(options.model).eval()
     if options.weights:
         npe.load_weights(model, options.weights)
-    inputs = [
-        [np.random.default_rng(options.seed + n).standard_normal(example.shape).astype(np.float32)] for n in range(4)
-    ]
+    draws = np.random.default_rng(options.seed)
+    inputs = [[draws.standard_normal(example.shape).astype(np.float32)] for _ in range(4)]
     with TemporaryDirectory() as folder:
         files = {"dense": Path(folder) / "dense.onnx"}
         npe.export_onnx(model, example, files["dense"], exporter="torchscript")
@@ -63,7 +63,9 @@ def main() -> None:
     for row in latency.rows:
         networks[row.name] |= {"p50_ms": row.p50_ms, "ratio": row.ratio}
     facts = {
-        "command": f"examples/benchmarks/doctor.py --model {options.model} --size {options.size} --target {options.target}",
+        "model": options.model,
+        "trained_weights": options.weights is not None,
+        "image_size": options.size,
         "environment": environment(),
         "target": options.target,
         "networks": networks,
