@@ -33,7 +33,7 @@ def doctor(
     multiple: Annotated[int, typer.Option(min=0, help="What the advice rounds widths to; 0 gives no advice.")] = 16,
     profile: Annotated[
         list[Path],
-        typer.Option(help="Profile that ONNX Runtime recorded elsewhere, dense first; twice. Nothing is run then."),
+        typer.Option(help="Profile that ONNX Runtime recorded elsewhere, dense first; twice. Nothing is timed then."),
     ] = [],  # noqa: B006 (typer reads the default, nobody changes it)
     every: Annotated[
         bool, typer.Option("--all", help=f"Show all layers, not only the {TOP} that take longest.")
@@ -145,7 +145,7 @@ def _layer_table(found: Diagnosis, every: bool) -> Table:
             escape(row.name),
             row.after.layer.kind,
             *(f"{side.layer.in_channels} → {side.layer.out_channels}" for side in (row.before, row.after)),
-            "–" if row.macs_ratio is None else f"{row.macs_ratio:.2f}",
+            f"{row.macs_ratio:.2f}",
             *(f"{ms:.3f}" for ms in (row.before.time.ms, row.after.time.ms, row.after.time.error_ms)),
             f"{100 * row.share:.1f} %",
             " → ".join(dict.fromkeys((_layout(row.before), _layout(row.after)))),

@@ -54,15 +54,13 @@ class Diagnosis:
     num_runs: int
 
     @property
-    def macs_ratio(self) -> float | None:
-        """MACs after by MACs before, over the layers whose MACs are known in both networks."""
-        known = [(row.before.layer.macs, row.after.layer.macs) for row in self.layers if row.macs_ratio is not None]
-        before = sum(macs or 0 for macs, _ in known)
-        return sum(macs or 0 for _, macs in known) / before if before else None
+    def macs_ratio(self) -> float:
+        """MACs after by MACs before, over the layers that both networks have."""
+        return sum(row.after.layer.macs for row in self.layers) / sum(row.before.layer.macs for row in self.layers)
 
     def sentences(self) -> tuple[str, ...]:
         """Returns the diagnosis in words: the whole, the reasons, the advice."""
-        macs = "an unknown share" if self.macs_ratio is None else f"{self.macs_ratio:.2f}"
+        macs = f"{self.macs_ratio:.2f}"
         if self.latency is None:
             whole = f"{self.after.ms:.3f} ms in nodes, {self.before.ms:.3f} ms before the cut, for {macs} of the MACs."
         else:
@@ -149,7 +147,7 @@ def diagnose(
 def diagnose_recorded(
     dense: Path, pruned: Path, profiles: tuple[Path, Path], input_shapes: Sequence[Sequence[int]]
 ) -> Diagnosis:
-    """Says the same from profiles that ONNX Runtime recorded elsewhere; nothing is run, and no advice is given.
+    """Says the same from profiles that ONNX Runtime recorded elsewhere; nothing is timed, and no advice is given.
 
     Args:
         dense: what ``export_onnx`` wrote before the cut.

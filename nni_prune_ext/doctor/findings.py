@@ -85,17 +85,17 @@ def _left_layout(row: LayerRow) -> bool:
 
 
 def _slow(row: LayerRow) -> bool:
-    return row.macs_ratio is not None and row.macs_ratio < 1 and row.excess_ms > row.error_ms
+    return row.macs_ratio < 1 and row.excess_ms > row.error_ms
 
 
 def _far_from_best(row: LayerRow, rows: Iterable[LayerRow]) -> bool:
     best = max(_gmacs_per_s(other) for other in rows if other.after.layer.kind == row.after.layer.kind)
     kept = row.after.time.ms / row.before.time.ms if row.before.time.ms else 0.0
-    return kept > SLOWER_THAN_MACS * (row.macs_ratio or 1.0) and _gmacs_per_s(row) < FAR_FROM_BEST * best
+    return kept > SLOWER_THAN_MACS * row.macs_ratio and _gmacs_per_s(row) < FAR_FROM_BEST * best
 
 
 def _gmacs_per_s(row: LayerRow) -> float:
-    return (row.after.layer.macs or 0) / max(row.after.time.ms, 1e-6) / 1e6
+    return row.after.layer.macs / max(row.after.time.ms, 1e-6) / 1e6
 
 
 def _layers(kind: str, rows: Sequence[LayerRow], what: str, detail: Callable[[LayerRow], str]) -> Finding | None:
@@ -123,7 +123,7 @@ def _padding(row: LayerRow) -> str:
 
 
 def _speed(row: LayerRow) -> str:
-    return f"{row.macs_ratio or 1:.2f} of the MACs, {_gmacs_per_s(row):.1f} GMAC/s, {_ms(row)}"
+    return f"{row.macs_ratio:.2f} of the MACs, {_gmacs_per_s(row):.1f} GMAC/s, {_ms(row)}"
 
 
 def _ms(row: LayerRow) -> str:

@@ -56,15 +56,14 @@ class LayerRow:
     share: float
 
     @property
-    def macs_ratio(self) -> float | None:
-        """MACs after by MACs before; ``None`` where either is unknown."""
-        before, after = self.before.layer.macs, self.after.layer.macs
-        return None if not before or after is None else after / before
+    def macs_ratio(self) -> float:
+        """MACs after by MACs before."""
+        return self.after.layer.macs / max(self.before.layer.macs, 1)
 
     @property
     def excess_ms(self) -> float:
         """What the layer takes beyond its share of MACs of the time before."""
-        return self.after.time.ms - (self.macs_ratio or 1.0) * self.before.time.ms
+        return self.after.time.ms - self.macs_ratio * self.before.time.ms
 
     @property
     def error_ms(self) -> float:
@@ -122,7 +121,7 @@ class ProfiledNetwork:
         self.others: dict[str, list[NodeTimes]] = {}
         for node, owner in zip(nodes, owners):
             if owner is None:
-                self.others.setdefault(node.op, []).append(node)
+                self.others.setdefault(network.operator(node.name, node.op), []).append(node)
             else:
                 self._of_layer.setdefault(owner, []).append(node)
         missing = [name for name in network.layers if name not in self._of_layer]

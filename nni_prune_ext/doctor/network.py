@@ -16,6 +16,7 @@ import onnx
 
 from nni_prune_ext.errors import ModelError
 from nni_prune_ext.export.provenance import PREFIX
+from nni_prune_ext.runtimes.onnxruntime_shapes import seen_shapes
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FUSED = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv")
@@ -34,7 +35,7 @@ class Layer:
         in_channels: what one use reads.
         out_channels: what it writes.
         groups: of a convolution; 1 otherwise.
-        macs: of one pass at the batch of the inputs; ``None`` where shapes depend on values.
+        macs: of one pass at the batch of the inputs.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Layer:
     in_channels: int
     out_channels: int
     groups: int
-    macs: int | None
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Network:
     Attributes:
         path: the file.
         model: its content, with shapes for the inputs that it is diagnosed with.
+        shapes: value → shape for these inputs.
         layers: by name, in the order of the graph.
         layer_of_node: node name → layer, for nodes with weights.
     """
 
     path: Path
     model: onnx.ModelProto
+    shapes: Mapping[str, tuple[int, ...]]
     layers: Mapping[str, Layer]
     layer_of_node: Mapping[str, str]
 
@@ -74,7 +77,7 @@ class Network:
         """
         model = _read(path)
         _fix_inputs(path, model, input_shapes)
-        shapes = shapes_of(model)
+        shapes = _shapes(model, input_shapes)
         weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         layers: dict[str, Layer] = {}
         layer_of_node: dict[str, str] = {}
@@ -84,10 +87,9 @@ class Network:
             layer = _layer(node, weights.get(node.input[1]) or shapes.get(node.input[1], ()), shapes)
             if layer is not None:
                 known = layers.get(layer.name)
-                macs = None if known is None or known.macs is None or layer.macs is None else known.macs + layer.macs
-                layers[layer.name] = layer if known is None else replace(known, macs=macs)
+                layers[layer.name] = layer if known is None else replace(known, macs=known.macs + layer.macs)
                 layer_of_node[node.name] = layer.name
-        return cls(path, model, layers, layer_of_node)
+        return cls(path, model, shapes, layers, layer_of_node)
 
     def owners(self, profiled: Sequence[tuple[str, str]]) -> list[str | None]:
         """Returns the layer of each node of a profile; ``None`` for nodes without weights, such as pools.
@@ -116,6 +118,12 @@ class Network:
                 claimed[name] = free[0]
         return [self.layer_of_node[claimed[name]] if name in claimed else None for name, _ in profiled]
 
+    def operator(self, name: str, op: str) -> str:
+        """Returns what a node of a profile without weights is in the file: in the blocked layout norms become convs."""
+        value = name.removesuffix(_BLOCKED)
+        written = (node.op_type for node in self.model.graph.node if is_blocked(name) and value in node.output)
+        return next(written, op)
+
     def _sources(self, node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
         """Yields the nodes with weights whose output a node is, or may have been fused with, the nearest first."""
         if node.name in self.layer_of_node:
@@ -131,15 +139,16 @@ def is_blocked(node_name: str) -> bool:
     return node_name.endswith(_BLOCKED)
 
 
-def shapes_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Returns value → shape, for all values whose shape is known in full."""
+def _shapes(model: onnx.ModelProto, input_shapes: Sequence[Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Returns value → shape: inferred, or seen in a run where that says too little."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     found = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         sizes = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim]
         if -1 not in sizes:
             found[value.name] = tuple(sizes)
-    return found
+    needed = [v for node in model.graph.node if node.op_type in _WEIGHTED for v in (node.input[0], node.output[0])]
+    return found if all(name in found for name in needed) else {**found, **seen_shapes(model, input_shapes)}
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -184,7 +193,6 @@ def _layer(node: onnx.NodeProto, weight: tuple[int, ...], shapes: Mapping[str, t
     """Reads a node with weights; ``None`` for a product of two activations, as in attention."""
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     groups = int(given.get("group", 1))
-    output = shapes.get(node.output[0])
     if len(weight) < 2 or (node.op_type in ("MatMul", "Gemm") and len(weight) != 2):
         return None
     if node.op_type == "Conv":
@@ -196,11 +204,9 @@ def _layer(node: onnx.NodeProto, weight: tuple[int, ...], shapes: Mapping[str, t
         wide_out, wide_in = weight if given.get("transB") else weight[::-1]
         kind = "linear"
     # every position of the output (of the input, if transposed) costs one product per weight that meets it
-    places = shapes.get(node.input[0]) if node.op_type == "ConvTranspose" else output
-    outputs = None if places is None else math.prod(places)
+    places = shapes[node.input[0] if node.op_type == "ConvTranspose" else node.output[0]]
     per_output = weight[1:] if node.op_type in ("Conv", "ConvTranspose") else (wide_in,)
-    macs = None if outputs is None else outputs * math.prod(per_output)
-    return Layer(layer_name(node), kind, wide_in, wide_out, groups, macs)
+    return Layer(layer_name(node), kind, wide_in, wide_out, groups, math.prod(places) * math.prod(per_output))
 
 
 def layer_name(node: onnx.NodeProto) -> str:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from nni_prune_ext.doctor.network import Network, shapes_of
+from nni_prune_ext.doctor.network import Network
 from nni_prune_ext.export.graph_cleaning import constants_to_initializers
 
 _PER_CHANNEL = frozenset(
@@ -53,7 +53,7 @@ class Widths:
         self._model.CopyFrom(network.model)
         constants_to_initializers(self._model)
         self._layer_of_node = network.layer_of_node
-        self._shapes = shapes_of(self._model)
+        self._shapes = network.shapes
         self._weights = {tensor.name: tuple(tensor.dims) for tensor in self._model.graph.initializer}
         self._sizes: list[int] = []
         self._parent: list[int] = []

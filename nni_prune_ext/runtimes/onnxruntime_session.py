@@ -123,7 +123,7 @@ def _loaded(
                 providers=[(name, dict(settings)) for name, settings in providers.items()],
                 enable_fallback=0,
             )
-        except _load_failures() as error:
+        except load_failures() as error:
             raise ModelError(
                 f"The runtime {runtime.name} cannot load '{path}': {error}. Expected an ONNX file whose operators it "
                 "implements. Export the model again, with another opset if an operator is missing."
@@ -148,7 +148,7 @@ def _half_precision(path: Path) -> bytes:
     return serialized
 
 
-def _load_failures() -> tuple[type[Exception], ...]:
+def load_failures() -> tuple[type[Exception], ...]:
     """Returns ONNX Runtime's exceptions, which have no common base (1.31), and RuntimeError, which TensorRT raises."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     own = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
