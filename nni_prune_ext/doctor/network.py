@@ -22,7 +22,7 @@ _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FUSED = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv")
 _ABSORBED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Add"})
 """Operators that a convolution takes in when ONNX Runtime fuses, so that it is called after their output."""
-_BLOCKED = "_nchwc"
+_BLOCKED, _BLOCKED_NORM = "_nchwc", "_bn_nchwc"
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ class Network:
         return [self.layer_of_node[claimed[name]] if name in claimed else None for name, _ in profiled]
 
     def operator(self, name: str, op: str) -> str:
-        """Returns what a node of a profile without weights is in the file: in the blocked layout norms become convs."""
-        value = name.removesuffix(_BLOCKED)
-        written = (node.op_type for node in self.model.graph.node if is_blocked(name) and value in node.output)
-        return next(written, op)
+        """Returns what a node of a profile is in the file: a norm in the blocked layout runs as a convolution."""
+        value = name.removesuffix(_BLOCKED_NORM)
+        norms = (node for node in self.model.graph.node if node.op_type == "BatchNormalization")
+        is_norm = name.endswith(_BLOCKED_NORM) and any(value in node.output for node in norms)
+        return "BatchNormalization" if is_norm else op
 
     def _sources(self, node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
         """Yields the nodes with weights whose output a node is, or may have been fused with, the nearest first."""

@@ -128,7 +128,7 @@ def test_nodes_that_should_be_fused_or_gone_are_told(op: str, in_dense: bool, to
 
 
 def test_a_norm_that_became_a_convolution_of_the_blocked_layout_is_told_as_a_norm(tmp_path: Path) -> None:
-    nodes = read_profile(profile([conv(0, 0.1), ("normed_nchwc", "Conv", 0.2, 16), FC]))
+    nodes = read_profile(profile([conv(0, 0.1), ("normed_bn_nchwc", "Conv", 0.2, 16), FC]))
     network = Network.load(chain(tmp_path / "a.onnx", [16], norm_after_relu=True), SHAPE)
 
     assert ["BatchNormalization"] == list(ProfiledNetwork(network, nodes).others)
