@@ -1,4 +1,4 @@
-"""`doctor` as a user meets it: the table, the advice as a file that the next plan takes, and what it says to mistakes."""
+"""`doctor` as a user meets it: the table, advice as a file that the next plan takes, and its answers to mistakes."""
 
 from __future__ import annotations
 
