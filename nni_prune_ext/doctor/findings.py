@@ -99,12 +99,12 @@ def _gmacs_per_s(row: LayerRow) -> float:
 
 
 def _layers(kind: str, rows: Sequence[LayerRow], what: str, detail: Callable[[LayerRow], str]) -> Finding | None:
-    """Returns one finding about several layers, unless they are none or below their error bar together."""
+    """Returns one finding about layers that are all above their error bars, if there are any."""
+    if not rows:
+        return None
     ordered = sorted(rows, key=lambda row: -row.excess_ms)
     now, excess = sum(row.after.time.ms for row in rows), sum(row.excess_ms for row in rows)
     error = sum(row.error_ms for row in rows)
-    if not rows or excess <= error:
-        return None
     some = "; ".join(f"'{row.name}' ({detail(row)})" for row in ordered[:3])
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     sentence = (

@@ -63,6 +63,12 @@ def test_the_width_that_costs_most_comes_first_and_what_gains_nothing_is_left_ou
     assert Limits(layers={"conv0": limit, "conv1": limit, "conv2": limit.model_copy(update={"multiple": 4})}) == limits
 
 
+def test_what_adds_less_than_the_error_bar_is_left_out(tmp_path: Path) -> None:
+    found, _ = advice_for(tmp_path, [17, 33, 20], Pretended(slow={"conv2": 2.0}, error_ms=6.0))
+
+    assert ["conv1"] == [advice.layer for advice in found]
+
+
 def test_an_aligned_network_gets_no_advice_and_is_not_timed(tmp_path: Path) -> None:
     trials = Pretended()
 

@@ -76,6 +76,8 @@ def test_what_is_below_the_error_bar_is_not_told(tmp_path: Path) -> None:
 
     assert {"layout", "reorders"} == set(reasons(tmp_path, [17, 33, 5], nodes))
     assert {} == reasons(tmp_path, [17, 33, 5], nodes, noise=2.0)
+    assert {"reorders"} == set(reasons(tmp_path, [17, 33, 5], [conv(0, 0.1), conv(1, 0.26, blocked=False),
+                                                               conv(2, 0.05, blocked=False), *nodes[3:]]))  # fmt: skip
 
 
 def test_channels_that_only_exist_as_padding_are_told(tmp_path: Path) -> None:

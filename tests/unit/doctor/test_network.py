@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from made_networks import chain, conv, profile, saved
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
@@ -108,6 +110,27 @@ def test_nodes_are_joined_by_name_by_written_value_and_by_elimination(tmp_path: 
     )
 
     assert ["conv0", "conv1", None, "fc", None, None] == owners
+
+
+@pytest.mark.parametrize("alone", ["left", "right"])
+def test_a_sum_belongs_to_the_convolution_that_has_no_node_of_its_own(alone: str, tmp_path: Path) -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, 4, 4]) for name in ("x", "sum")]
+    weights = [
+        numpy_helper.from_array(np.ones((2, 2, 1, 1), np.float32), f"{side}.weight") for side in ("left", "right")
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "left.weight"], ["left_out"], name="left/Conv"),
+        helper.make_node("Conv", ["x", "right.weight"], ["right_out"], name="right/Conv"),
+        helper.make_node("Add", ["left_out", "right_out"], ["sum"], name="Add"),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "sum", ends[:1], ends[1:], weights), ir_version=10)
+    helper.set_model_props(model, {"nni_prune_ext.version": "0"})
+    onnx.save(model, str(tmp_path / "a.onnx"))
+    network = Network.load(tmp_path / "a.onnx", [(1, 2, 4, 4)])
+
+    owners = network.owners([("sum_nchwc", "Conv"), (f"{alone}_out_nchwc", "Conv")])
+
+    assert [{"left": "right", "right": "left"}[alone], alone] == owners
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
