@@ -90,6 +90,9 @@ _PUBLIC = {
     "ReducedExport": "export.reduced_export",
     "convert_to_fp16": "export.fp16",
     "quantize_onnx": "export.int8",
+    "Diagnosis": "doctor",
+    "diagnose": "doctor",
+    "diagnose_recorded": "doctor",
     "Checkpoints": "checkpoints",
     "Distillation": "training",
     "EpochLog": "training",
@@ -119,6 +122,7 @@ if TYPE_CHECKING:
     from nni_prune_ext.data.loaders import Loaders
     from nni_prune_ext.data.sources import open_data
     from nni_prune_ext.deployment import load_pruned, write_artefacts
+    from nni_prune_ext.doctor import Diagnosis, diagnose, diagnose_recorded
     from nni_prune_ext.export.fp16 import convert_to_fp16
     from nni_prune_ext.export.int8 import quantize_onnx
     from nni_prune_ext.export.onnx_gated import GatedExport, export_gated

@@ -143,7 +143,7 @@ class _Search:
         self._scores = {g.name: _with_survivors(g, _checked_scores(g, scores)) for g in self.groups}
         self._shares = _checked_ratios(self.groups, ratios) if ratios is not None or scope == "local" else None
         self.ranked = {name: np.argsort(values, kind="stable") for name, values in self._scores.items()}
-        self._step = {g.name: _multiple_of(g, limits.multiple) for g in self.groups}
+        self._step = {g.name: _step_of(g, limits.multiple_of(g)) for g in self.groups}
         self._cumulated = {
             g.name: [self._positions(g, m.channel, (m.tensor, m.dim)) for m in g.members] for g in self.groups
         }
@@ -287,7 +287,7 @@ def _checked_ratios(groups: Sequence[ChannelGroup], ratios: Mapping[str, float] 
     return result
 
 
-def _multiple_of(group: ChannelGroup, multiple: int) -> int:
+def _step_of(group: ChannelGroup, multiple: int) -> int:
     """Returns the step in channels of the group that moves its root's width by a multiple."""
     root = next(m for m in group.by_role(Role.WRITER))
     per_channel = np.bincount(root.channel, minlength=group.num_channels)

@@ -135,12 +135,19 @@ class Achieved:
 
 
 class LayerLimit(BaseModel):
-    """Smallest and largest pruning ratio (0–1) of the groups that a name pattern matches."""
+    """Smallest and largest pruning ratio (0–1) of the groups that a name pattern matches, and a multiple of their own.
+
+    Attributes:
+        min_ratio: smallest share of the channels that goes.
+        max_ratio: largest share of the channels that may go.
+        multiple: like that of ``Limits``, in its place; ``None`` leaves that one in force.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_ratio: float = Field(default=0.0, ge=0, lt=1)
     max_ratio: float = Field(default=1.0, ge=0, le=1)
+    multiple: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> LayerLimit:
@@ -177,8 +184,12 @@ class Limits(BaseModel):
         """Returns the smallest and largest pruning ratio of one group."""
         if any(_matches(group, pattern) for pattern in self.exclude):
             return LayerLimit(min_ratio=0.0, max_ratio=0.0)
-        own = next((limit for pattern, limit in self.layers.items() if _matches(group, pattern)), None)
-        return own or LayerLimit(min_ratio=0.0, max_ratio=self.max_ratio)
+        return self._own(group) or LayerLimit(min_ratio=0.0, max_ratio=self.max_ratio)
+
+    def multiple_of(self, group: ChannelGroup) -> int:
+        """Returns what the width of a group's root stays a multiple of, where the group is pruned at all."""
+        own = self._own(group)
+        return self.multiple if own is None or own.multiple is None else own.multiple
 
     def check(self, groups: ChannelGroups) -> None:
         """Refuses patterns that match no layer of the model.
@@ -195,6 +206,9 @@ class Limits(BaseModel):
                     "name or a pattern such as "
                     f"'layer1.*'; names near it: {', '.join(close)}. `nni-prune-ext plan` lists all layers."
                 )
+
+    def _own(self, group: ChannelGroup) -> LayerLimit | None:
+        return next((limit for pattern, limit in self.layers.items() if _matches(group, pattern)), None)
 
 
 def _number(digits: str, text: str) -> float:

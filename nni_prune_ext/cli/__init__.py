@@ -9,6 +9,7 @@ import typer
 
 from nni_prune_ext import __version__
 from nni_prune_ext.cli.benchmark import benchmark
+from nni_prune_ext.cli.doctor import doctor
 from nni_prune_ext.cli.experiment import experiment
 from nni_prune_ext.cli.export import export
 from nni_prune_ext.cli.gates import app as gates
@@ -47,6 +48,7 @@ app.command("quantize")(quantize)
 app.add_typer(gates, name="gates")
 app.command("benchmark")(benchmark)
 app.command("sensitivity")(sensitivity)
+app.command("doctor")(doctor)
 app.command("report")(report)
 
 

@@ -13,7 +13,7 @@ import typer
 
 from nni_prune_ext.cli import options as o
 from nni_prune_ext.cli.json_lines import finite_values, json_line
-from nni_prune_ext.cli.onnx_files import input_shape, written
+from nni_prune_ext.cli.onnx_files import common_shape, named_files, written_shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +62,8 @@ def benchmark(
     from nni_prune_ext.text_files import write_text
 
     runtimes = {name: runtime(name) for name in on or plugins("runtimes")}
-    files = _named_files(networks)
-    shape = _common_shape(files, batch)
+    files = named_files(networks)
+    shape = common_shape(files, batch)
     if out is not None:
         check_writable(out.parent)
     source = None
@@ -149,52 +149,6 @@ class _Result:
         }
 
 
-def _named_files(networks: Sequence[Path]) -> dict[str, Path]:
-    """Returns the ONNX file of every network by a name that is as short as it can be."""
-    from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
-    from nni_prune_ext.export.artefact_folder import ONNX
-    from nni_prune_ext.export.manifest import checked_manifest
-
-    files: dict[str, Path] = {}
-    last = [path.name for path in networks]
-    for path in networks:
-        if path.is_dir():
-            checked_manifest(path, needed=(ONNX,))
-        elif not path.is_file():
-            raise ConfigError(f"There is nothing at '{path}'. Expected an artefact folder or an ONNX file.")
-        name = path.name if path.name and last.count(path.name) == 1 else str(path)
-        if name in files:
-            raise ConfigError(f"'{path}' was given twice, expected different networks. Name each of them once.")
-        files[name] = path / ONNX if path.is_dir() else path
-    return files
-
-
-def _common_shape(files: Mapping[str, Path], batches: Sequence[int]) -> tuple[int | None, ...]:
-    """Returns the input shape that all files share.
-
-    Raises:
-        ConfigError: they differ, or one cannot be run at a batch size that was asked for.
-    """
-    from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
-
-    shapes = {name: input_shape(path) for name, path in files.items()}
-    (first, expected), *others = shapes.items()
-    for name, shape in others:
-        if shape[1:] != expected[1:]:
-            raise ConfigError(
-                f"'{name}' takes inputs of {written(shape)}, but '{first}' of {written(expected)}. Expected one "
-                "input shape for all. Compare them in separate runs."
-            )
-    fixed = {shape[0]: name for name, shape in shapes.items() if shape[0] is not None}
-    for size, name in fixed.items():
-        if set(batches) != {size}:
-            raise ConfigError(
-                f"'{name}' takes a batch of {size} only, but --batch is {', '.join(map(str, batches))}. Expected "
-                f"--batch {size} alone. Ask for that, or export the network with an open batch."
-            )
-    return (next(iter(fixed), None), *expected[1:])
-
-
 def _measure(job: _Job, runtimes: Mapping[str, InferenceRuntime]) -> _Result:
     from nni_prune_ext.errors import ModelError, RuntimeUnavailableError  # imported here to keep --help instant
     from nni_prune_ext.evaluation import environment
@@ -233,8 +187,8 @@ def _inputs(job: _Job, size: int) -> list[NDArray[np.float32]]:
         return [draws.standard_normal((size, *shape), dtype=np.float32) for _ in range(NUM_INPUTS)]
     if job.source.input_shape != shape:
         raise ConfigError(
-            f"The images of '{job.source.name}' are {written((None, *job.source.input_shape))}, expected "
-            f"{written(job.shape)} as the networks take. Set --image-size, or choose other --data."
+            f"The images of '{job.source.name}' are {written_shape((None, *job.source.input_shape))}, expected "
+            f"{written_shape(job.shape)} as the networks take. Set --image-size, or choose other --data."
         )
     batches = islice(split_batches(job.source, "test", size), NUM_INPUTS)
     whole = [images.numpy() for images, _ in batches if len(images) == size]
@@ -317,7 +271,7 @@ def _table(result: _Result, timing: _Timing) -> Table:
         f"against itself differs by {100 * latency.error_bar:.1f} %: smaller differences mean nothing. Throughput is "
         "by elapsed time, one network after the other."
     )
-    title = f"{timing.runtime}, batch {latency.batch_size}, input {written(result.job.shape)}"
+    title = f"{timing.runtime}, batch {latency.batch_size}, input {written_shape(result.job.shape)}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", pad_edge=False)
     for heading in ("network", "p50 ms", "p95 ms", "p99 ms", "× first", "images/s", "ONNX bytes", "top-1"):
         table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)

@@ -9,7 +9,7 @@ import typer
 
 from nni_prune_ext.cli import options as o
 from nni_prune_ext.cli.gates_job import Data, gates_job, images_and_labels
-from nni_prune_ext.cli.onnx_files import input_shape, written
+from nni_prune_ext.cli.onnx_files import input_shape, written_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,8 +152,8 @@ def _check_fits(reference: Path, images: Tensor) -> None:
     shape, wanted = input_shape(reference), (1, *images.shape[1:])
     if (shape[0] or 1, *shape[1:]) != wanted:
         raise ConfigError(
-            f"The dense network '{reference}' takes inputs of {written(shape)}, expected {written(wanted)}, one image "
-            "at a time, as the gated network does. Name another file with --dense."
+            f"The dense network '{reference}' takes inputs of {written_shape(shape)}, expected {written_shape(wanted)}, "
+            "one image at a time, as the gated network does. Name another file with --dense."
         )
 
 

@@ -34,6 +34,10 @@ def recipe_of(
 
     values: dict[str, object] = {"method": method}
     origins = Origins("command line")
+    limits = context.params.get("limits")
+    if limits is not None:
+        values["limits"] = read_limits(limits)
+        origins.places[("limits",)] = f"--limits {limits}"
     set_options(context, values, origins)
     override(values, origins, settings)
     return recipe_from(values, origins=origins, complete=complete), origins
@@ -155,6 +159,23 @@ def tell_what_is_not_pruned(groups: ChannelGroups) -> None:
             "on them, only the branch that the example input took is known to be exact",
             err=True,
         )
+
+
+def read_limits(path: Path) -> dict[str, object]:
+    """Reads limits from a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no limits.
+    """
+    from nni_prune_ext.allocation import Limits  # imported here to keep --help instant
+
+    try:
+        return Limits.model_validate_json(path.read_bytes()).model_dump()
+    except (OSError, ValueError) as error:  # a ValidationError is a ValueError
+        raise ConfigError(
+            f"--limits: '{path}' holds no limits ({error}). Expected JSON such as "
+            '{"layers": {"layer3.0.conv1": {"multiple": 16}}}.'
+        ) from error
 
 
 def read_layers(texts: Sequence[str]) -> dict[str, object]:

@@ -60,7 +60,7 @@ RECIPE_KEYS = {
     "out": "out",
 }
 """Option → the key of a recipe that it sets."""
-NOT_IN_RECIPES = ("recipe", "settings", "save", "dry_run", "resume", "overwrite", "json")
+NOT_IN_RECIPES = ("recipe", "settings", "limits", "save", "dry_run", "resume", "overwrite", "json")
 """Options about the command itself."""
 
 ModelName: TypeAlias = Annotated[
@@ -115,6 +115,10 @@ Multiple: TypeAlias = Annotated[int, typer.Option(help="Keep widths at multiples
 Exclude: TypeAlias = Annotated[list[str], typer.Option(help="Name pattern of layers that stay whole; repeatable.")]
 LayerLimits: TypeAlias = Annotated[
     list[str], typer.Option("--layer", help="PATTERN=MIN:MAX pruning ratios; repeatable.")
+]
+LimitsFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--limits", help="JSON file of limits, such as the advice of `doctor`; options win over it."),
 ]
 ScopeOption: TypeAlias = Annotated[
     str, typer.Option("--scope", help="global: one ranking; local: one ratio for all groups.")

@@ -41,6 +41,7 @@ def plan(
     multiple: o.Multiple = 1,
     exclude: o.Exclude = [],  # noqa: B006
     layer: o.LayerLimits = [],  # noqa: B006
+    limits: o.LimitsFile = None,
     scope: o.ScopeOption = "global",
     batch_size: o.BatchSize = 128,
     settings: o.Settings = [],  # noqa: B006

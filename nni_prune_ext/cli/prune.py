@@ -37,6 +37,7 @@ def prune(
     multiple: o.Multiple = 1,
     exclude: o.Exclude = [],  # noqa: B006
     layer: o.LayerLimits = [],  # noqa: B006
+    limits: o.LimitsFile = None,
     scope: o.ScopeOption = "global",
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of recovery after the cut.")] = 0,
     distill: Annotated[

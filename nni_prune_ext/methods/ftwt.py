@@ -311,7 +311,8 @@ class Ftwt(PruningMethod):
             most = min(int(limit.max_ratio * group.num_channels), group.num_channels - context.limits.min_channels)
             silent = torch.nonzero(self._rates[group.name].cpu() == 0).flatten()
             kept = group.num_channels - min(len(silent), max(most, 0))
-            kept = math.ceil(kept / context.limits.multiple) * context.limits.multiple
+            multiple = context.limits.multiple_of(group)
+            kept = math.ceil(kept / multiple) * multiple
             gone = torch.zeros(group.num_channels, dtype=torch.bool)
             gone[silent[: max(group.num_channels - kept, 0)]] = True
             removed[group.name] = gone.numpy()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,31 @@ class InferenceSession(Protocol):
 
         For timing: calls of that function copy nothing between host and device.
         """
+        ...
+
+
+ProfileEvent: TypeAlias = Mapping[str, object]
+"""One event of ONNX Runtime's own profile, as its JSON file holds it."""
+
+
+class ProfiledSession(Protocol):
+    """A loaded model whose runs are recorded node by node."""
+
+    def run(self, inputs: Sequence[Array]) -> object:
+        """Runs the model once."""
+        ...
+
+    def end(self) -> list[ProfileEvent]:
+        """Ends the recording; returns the events of all runs."""
+        ...
+
+
+@runtime_checkable
+class ProfilingRuntime(Protocol):
+    """A runtime that can say how long each node of a model takes; whether one can is asked with ``isinstance``."""
+
+    def profiled(self, source: RunnableModel, *, threads: int | None = 1) -> AbstractContextManager[ProfiledSession]:
+        """Loads a model for the length of a ``with`` block; see `InferenceRuntime.session`."""
         ...
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from nni_prune_ext.runtimes.base import Availability, InferenceSession, Precision, RunnableModel
+from nni_prune_ext.runtimes.base import (
+    Availability,
+    InferenceSession,
+    Precision,
+    ProfiledSession,
+    RunnableModel,
+)
 from nni_prune_ext.runtimes.onnxruntime_availability import provider_availability
-from nni_prune_ext.runtimes.onnxruntime_session import CPU, ProviderOptions, open_session
+from nni_prune_ext.runtimes.onnxruntime_session import CPU, ProviderOptions, open_profiled, open_session
 
 
 class OnnxRuntimeCpu:
@@ -24,3 +30,7 @@ class OnnxRuntimeCpu:
         """Loads an ONNX file; see `InferenceRuntime.session`."""
         providers: ProviderOptions = {CPU: {}}
         return open_session(self, source, providers, threads=threads, half_precision_file=precision == "fp16")
+
+    def profiled(self, source: RunnableModel, *, threads: int | None = 1) -> AbstractContextManager[ProfiledSession]:
+        """Loads an ONNX file whose runs are recorded node by node."""
+        return open_profiled(self, source, {CPU: {}}, threads=threads)

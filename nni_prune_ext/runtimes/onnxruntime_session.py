@@ -20,7 +20,14 @@ import numpy as np
 import onnx
 
 from nni_prune_ext.errors import ModelError, RuntimeUnavailableError
-from nni_prune_ext.runtimes.base import Array, InferenceRuntime, InferenceSession, RunnableModel
+from nni_prune_ext.runtimes.base import (
+    Array,
+    InferenceRuntime,
+    InferenceSession,
+    ProfiledSession,
+    ProfileEvent,
+    RunnableModel,
+)
 from nni_prune_ext.runtimes.onnxruntime_availability import preload_libraries
 
 CPU = "CPUExecutionProvider"
@@ -69,6 +76,28 @@ def open_session(
         RuntimeUnavailableError: If the runtime is not usable here or fell back.
         ModelError: If there is no ONNX file, or one that cannot be loaded.
     """
+    with _loaded(runtime, source, providers, threads=threads, half_precision_file=half_precision_file) as loaded:
+        yield _OnnxRuntimeSession(*loaded, tuple(providers), runtime.name)
+
+
+@contextmanager
+def open_profiled(
+    runtime: InferenceRuntime, source: RunnableModel, providers: ProviderOptions, *, threads: int | None
+) -> Iterator[ProfiledSession]:
+    """Loads an ONNX file whose runs are all profiled; arguments and errors are those of ``open_session``."""
+    with _loaded(runtime, source, providers, threads=threads, half_precision_file=False) as (_, raw):
+        yield _Profiled(raw)
+
+
+@contextmanager
+def _loaded(
+    runtime: InferenceRuntime,
+    source: RunnableModel,
+    providers: ProviderOptions,
+    *,
+    threads: int | None,
+    half_precision_file: bool,
+) -> Iterator[tuple[ModuleType, _OrtSession]]:
     availability = runtime.availability()
     if not availability.usable:
         raise RuntimeUnavailableError(
@@ -84,7 +113,7 @@ def open_session(
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        options.enable_profiling = True  # for the first run only
+        options.enable_profiling = True  # until the session ends it, usually after the first run
         options.profile_file_prefix = str(Path(folder) / "profile")
         content = _half_precision(path) if half_precision_file else str(path)
         try:
@@ -94,12 +123,12 @@ def open_session(
                 providers=[(name, dict(settings)) for name, settings in providers.items()],
                 enable_fallback=0,
             )
-        except _load_failures() as error:
+        except load_failures() as error:
             raise ModelError(
                 f"The runtime {runtime.name} cannot load '{path}': {error}. Expected an ONNX file whose operators it "
                 "implements. Export the model again, with another opset if an operator is missing."
             ) from error
-        yield _OnnxRuntimeSession(onnxruntime, raw, tuple(providers), runtime.name)
+        yield onnxruntime, raw
 
 
 def _existing_file(source: RunnableModel, runtime_name: str) -> Path:
@@ -119,7 +148,7 @@ def _half_precision(path: Path) -> bytes:
     return serialized
 
 
-def _load_failures() -> tuple[type[Exception], ...]:
+def load_failures() -> tuple[type[Exception], ...]:
     """Returns ONNX Runtime's exceptions, which have no common base (1.31), and RuntimeError, which TensorRT raises."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     own = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
@@ -148,6 +177,21 @@ class _OrtSession(Protocol):
     def io_binding(self) -> _IOBinding: ...
     def run_with_iobinding(self, binding: _IOBinding) -> None: ...
     def end_profiling(self) -> str: ...
+
+
+class _Profiled:
+    """A loaded ONNX file that profiles until it is told to end."""
+
+    def __init__(self, session: _OrtSession) -> None:
+        self._session = session
+        self._inputs = [port.name for port in session.get_inputs()]
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        return self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+
+    def end(self) -> list[ProfileEvent]:
+        events: list[ProfileEvent] = json.loads(Path(self._session.end_profiling()).read_text())
+        return events
 
 
 class _OnnxRuntimeSession:

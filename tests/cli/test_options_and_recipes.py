@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from nni_prune_ext.cli import app
 from nni_prune_ext.cli.job import recipe_of
 from nni_prune_ext.cli.options import NOT_IN_RECIPES, RECIPE_KEYS
-from nni_prune_ext.errors import NniPruneExtError
+from nni_prune_ext.errors import ConfigError, NniPruneExtError
 from nni_prune_ext.recipes import Recipe, all_keys, load_recipe
 from nni_prune_ext.recipes.recipe import section_in
 
@@ -70,7 +70,7 @@ CASES = {
     "--min-channels 2": ("limits.min_channels", 2),
     "--multiple 4": ("limits.multiple", 4),
     "--exclude conv1 --exclude linear": ("limits.exclude", ["conv1", "linear"]),
-    "--layer layer1.*=0.1:0.3": ("limits.layers", {"layer1.*": {"min_ratio": 0.1, "max_ratio": 0.3}}),
+    "--layer layer1.*=0.1:0.3": ("limits.layers", {"layer1.*": {"min_ratio": 0.1, "max_ratio": 0.3, "multiple": None}}),
     "--scope local": ("scope", "local"),
     "--data digits --epochs 3": ("recovery.epochs", 3),
     "--data digits --epochs 3 --distill 0.3": ("distillation.weight", 0.3),
@@ -120,6 +120,27 @@ def test_every_option_that_sets_a_key_has_a_case():
     }
 
     assert set() == options - tried - {"--out", "--control", "--measure"}
+
+
+def test_a_file_of_limits_is_read_and_options_win_over_it(tmp_path):
+    file = tmp_path / "advice.json"
+    file.write_text('{"multiple": 4, "max_ratio": 0.5, "layers": {"layer1.0.conv1": {"multiple": 16}}}')
+
+    limits = read("--limits", str(file), "--max-ratio", "0.7", "--layer", "conv1=0:0.1").limits
+
+    assert (4, 0.7) == (limits.multiple, limits.max_ratio)
+    assert 16 == limits.layers["layer1.0.conv1"].multiple
+    assert 0.1 == limits.layers["conv1"].max_ratio
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"multiples": 4}', '{"layers": {"conv1": {"multiple": 0}}}'])
+def test_a_file_without_limits_is_refused(tmp_path, text):
+    file = tmp_path / "advice.json"
+    if text is not None:
+        file.write_text(text)
+
+    with pytest.raises(ConfigError, match=r"--limits: '.*advice.json' holds no limits"):
+        read("--limits", str(file))
 
 
 MISTAKES = {

@@ -247,6 +247,17 @@ def test_a_pruned_width_that_is_no_multiple_is_rounded_up_and_an_unpruned_one_st
     assert {"0": 8, "2": 7} == kept_channels(allocation)
 
 
+def test_a_layer_may_have_a_multiple_of_its_own_and_the_others_keep_that_of_all() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+    limits = Limits(multiple=2, layers={"0": LayerLimit(multiple=8), "2": LayerLimit(max_ratio=0.9)})
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("ratio", 0.3)], limits=limits, scope="local")
+
+    assert {"0": 8, "2": 10} == kept_channels(allocation)
+    assert [8, 2] == [limits.multiple_of(group) for group in costs.groups]
+
+
 def test_excluded_layers_stay_whole_and_a_pattern_may_name_any_writer_of_a_group() -> None:
     _, costs = built("resnet20")
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import nni_prune_ext as npe
-from nni_prune_ext.allocation import Limits, Target
+from nni_prune_ext.allocation import LayerLimit, Limits, Target
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.deployment import load_gated, write_artefacts
 from nni_prune_ext.errors import CertificateError, ConfigError
@@ -435,8 +435,9 @@ def test_nothing_is_cut_that_nobody_asked_for() -> None:
         (Limits(multiple=4), 8),
         (Limits(), 6),
         (Limits(multiple=8, max_ratio=0.4), 16),
+        (Limits(layers={"inside.*": LayerLimit(multiple=4)}), 8),
     ],
-    ids=["exclude", "min_channels", "max_ratio", "multiple", "none", "both"],
+    ids=["exclude", "min_channels", "max_ratio", "multiple", "none", "both", "multiple of the layer"],
 )
 def test_limits_hold_for_the_cut_of_what_never_fires(limits: Limits, kept: int) -> None:
     method = spied()
