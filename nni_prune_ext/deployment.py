@@ -7,6 +7,7 @@ network where there are any, and ``manifest.json`` with the hash of each. ``load
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from nni_prune_ext.costs import count_costs
-from nni_prune_ext.errors import ExportError, ParityError, PluginError
+from nni_prune_ext.errors import ConfigError, ExportError, ParityError, PluginError
 from nni_prune_ext.evaluation import LatencyReport, accuracy_of_session, file_size_bytes, measure_latency
 from nni_prune_ext.export.artefact_folder import (
     ONNX,
@@ -52,16 +53,27 @@ Metric: TypeAlias = Callable[[nn.Module, Batches], float]
 """A model and batches → how good the model is on them; higher is better."""
 
 
-def runtime(name: str) -> InferenceRuntime:
+def runtime(name: str, options: Mapping[str, object] | None = None) -> InferenceRuntime:
     """Returns a registered runtime.
+
+    Args:
+        options: keyword arguments of its class.
 
     Raises:
         UnknownPluginError: no such name.
+        ConfigError: it does not take these options.
     """
     made = load_plugin("runtimes", name)
     if not callable(made):
         raise PluginError(f"The runtime '{name}' is a {type(made).__name__}, expected a class without arguments.")
-    return cast("InferenceRuntime", made())
+    known = list(inspect.signature(made).parameters)
+    unknown = [key for key in options or {} if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"The runtime '{name}' has no option '{unknown[0]}', expected one of: {', '.join(known) or 'none'}. See "
+            "docs/reference/runtimes.md."
+        )
+    return cast("InferenceRuntime", made(**(options or {})))
 
 
 def onnx_accuracy(
