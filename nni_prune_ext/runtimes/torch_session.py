@@ -46,7 +46,9 @@ def module_in_use(
 class TorchSession:
     """A module on its device, run by itself or by what was compiled from it."""
 
-    def __init__(self, module: nn.Module, run_module: Callable[..., object], *, name: str, precision: Precision) -> None:
+    def __init__(
+        self, module: nn.Module, run_module: Callable[..., object], *, name: str, precision: Precision
+    ) -> None:
         self._module = module
         self._run_module = run_module
         self._name = name
@@ -55,22 +57,27 @@ class TorchSession:
 
     @property
     def device(self) -> str:
+        """The kind of device where the module is."""
         return self._device.type
 
     @property
     def providers(self) -> tuple[str, ...]:
+        """What runs the module, and where."""
         return (f"{self._name}-{self.device}",)
 
     @property
     def node_placement(self) -> Mapping[str, int]:
+        """The number of layers; all of them run in one place."""
         return {self.providers[0]: sum(1 for part in self._module.modules() if not list(part.children()))}
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Runs the module; outputs are float32 on the host."""
         with torch.no_grad():
             outputs = list(tensors_in(self._run_module(*self._on_device(inputs))))
         return [(t.float() if t.is_floating_point() else t).cpu().numpy() for t in outputs]
 
     def bind(self, inputs: Sequence[Array]) -> Callable[[], object]:
+        """Puts the inputs on the device; returns what runs the module once and waits for the device."""
         tensors = self._on_device(inputs)
 
         def run_once() -> None:

@@ -15,13 +15,14 @@ from nni_prune_ext import deployment
 from nni_prune_ext.cli.benchmark import benchmark
 from nni_prune_ext.deployment import write_artefacts
 from nni_prune_ext.errors import ArtefactError, ConfigError, ModelError, NniPruneExtError, UnknownPluginError
+from nni_prune_ext.evidence import OutputParity, measuring
 from nni_prune_ext.export.onnx_static import export_onnx
 from nni_prune_ext.runtimes.onnxruntime_cpu import OnnxRuntimeCpu
 from nni_prune_ext.runtimes.onnxruntime_cuda import OnnxRuntimeCuda
 
 APP = typer.Typer()
 APP.command()(benchmark)
-QUICK = ["--rounds", "2", "--seconds", "0"]
+QUICK = ["--rounds", "2", "--seconds", "0", "--fresh", "0"]
 CPU = ["--on", "onnxruntime-cpu"]
 
 
@@ -64,14 +65,16 @@ def test_networks_are_measured_side_by_side_at_every_batch_size(place: Path, tmp
         assert all(t["images_per_s"] > 0 and t["threads"] == 1 for t in measured["throughput"].values())
         assert {measured["batch"]} == {t["batch_size"] for t in measured["throughput"].values()}
     assert (place / "wide" / "model.onnx").stat().st_size == facts["networks"][0]["size_bytes"]
-    assert {} == facts["unusable"] == facts["accuracy"]
+    assert {} == facts["accuracy"] == facts["parity"] == facts["fresh_processes"]
+    assert [] == facts["not_measured"]
     assert facts["environment"]["cpu"]
     for word in ("onnxruntime-cpu, batch 4, input (N, 1, 16, 16)", "× first", "cpu time, 1 thread(s)", "mean nothing"):
         assert word in found.stdout
 
 
 def test_a_wider_network_is_slower_than_the_first_one(place: Path) -> None:
-    found = run(place / "narrow", place / "wide", *CPU, "--batch", "16", "--json", "--seconds", "0.2", "--rounds", "20")
+    found = run(place / "narrow", place / "wide", *CPU, "--batch", "16", "--json", "--fresh", "0", "--seconds", "0.2",
+                "--rounds", "20")  # fmt: skip
 
     narrow, wide = json.loads(found.stdout)["measurements"][0]["latency"]["rows"]
     assert 1 == narrow["ratio"] < wide["ratio"]
@@ -92,7 +95,7 @@ def test_machines_get_one_object_and_nothing_else(place: Path) -> None:
     found = run(place / "narrow", *CPU, *QUICK, "--json")
 
     assert 1 == len(found.stdout.splitlines())
-    assert ("done", 1, None) == tuple(json.loads(found.stdout)[key] for key in ("event", "format", "data"))
+    assert ("done", 2, None) == tuple(json.loads(found.stdout)[key] for key in ("event", "format", "data"))
 
 
 @pytest.mark.skipif(OnnxRuntimeCuda().availability().usable, reason="this machine has a GPU")
@@ -109,12 +112,14 @@ def test_by_default_all_usable_runtimes_are_measured_and_the_others_stated(place
 
     assert 0 == found.exit_code
     assert "onnxruntime-cpu, batch 1" in found.stdout
-    assert "not measured on torch-eager: " in found.stderr
-    assert "needs a PyTorch module" in found.stderr
+    for runtime in ("torch-eager", "torch-compile"):
+        assert f"not measured on {runtime}, narrow: The runtime {runtime} needs a PyTorch module" in found.stderr
+    assert "narrow' does not say how its model is built. Name it with --model." in found.stderr
+    assert "NOT MEASURED" in found.stdout
 
 
 def test_if_nothing_can_be_measured_the_exit_code_is_2(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "runtime", lambda name: Broken())
+    monkeypatch.setattr(deployment, "runtime", lambda *_: Broken())
 
     found = run(place / "narrow", *QUICK)
 
@@ -163,13 +168,15 @@ def test_a_mistake_is_refused_before_anything_is_measured_or_written(
 
 
 def test_numbers_that_json_does_not_know_are_null(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "onnx_accuracy", lambda *_, **__: float("nan"))
+    far = OutputParity(float("inf"), float("nan"), None, 1)
+    monkeypatch.setattr(measuring.ParityCount, "result", lambda _: far)
 
     found = run(place / "narrow", *CPU, *QUICK, "--data", "digits", "--limit-images", "60", "--json",
                 "--out", tmp_path / "times.json")  # fmt: skip
 
     for text in (found.stdout, (tmp_path / "times.json").read_text()):
-        assert {"onnxruntime-cpu": {"narrow": None}} == json.loads(text, parse_constant=pytest.fail)["accuracy"]
+        parity = json.loads(text, parse_constant=pytest.fail)["parity"]["onnxruntime-cpu"]["narrow"]
+        assert {"max_rel": None, "mean_rel": None, "top1_agreement": None, "images": 1} == parity
 
 
 def test_a_damaged_folder_is_not_measured(place: Path, tmp_path: Path) -> None:
