@@ -7,6 +7,7 @@ what they built get an empty cache in every process, so that each of them starts
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from nni_prune_ext.deployment import runtime
 from nni_prune_ext.errors import RuntimeUnavailableError
@@ -83,7 +85,8 @@ class FreshRuns:
         load_ms: the part of it until the session is open.
         first_run_ms: the rest: the first run, at the smallest batch size.
         host_peak_bytes: by batch size, by how much the peak of the process's resident memory lies above what it held
-            before the network was loaded; ``None`` where the system does not say.
+            before the network was loaded; ``None`` where the system does not say. For PyTorch it is the weights and
+            what running adds: what it took to cut the network out of the original one does not count.
         processes: how many there were.
     """
 
@@ -121,16 +124,17 @@ def run_task(task: FreshTask) -> FreshResult:
     chosen.availability()  # may try a provider on a model of its own: not part of loading this one
     draws = np.random.default_rng(task.seed)
     inputs = {n: draws.standard_normal((n, *task.input_shape), dtype=np.float32) for n in task.batches}
-    before = _resident_bytes("VmRSS") if _reset_peak() else None
     began = time.perf_counter()
     module = None if task.folder is None else rebuilt(task.folder, task.model).to(task.device)
-    if module is not None and before is not None:
-        _reset_peak()  # the original model, which the network was cut from, is gone
+    rebuild_seconds = time.perf_counter() - began
+    before = _held_bytes(module)
     source = RunnableModel(task.onnx_path, module)
+    began = time.perf_counter()
     with chosen.session(source, threads=task.threads, precision=task.precision) as session:
-        loaded = time.perf_counter()
+        load_seconds = rebuild_seconds + time.perf_counter() - began
+        began = time.perf_counter()
         session.run([inputs[task.batches[0]]])
-        first = time.perf_counter()
+        first_run_seconds = time.perf_counter() - began
         peaks: dict[int, int | None] = {}
         for size, images in inputs.items():
             run_once = session.bind([images])
@@ -138,7 +142,7 @@ def run_task(task: FreshTask) -> FreshResult:
                 run_once()
             peak = _resident_bytes("VmHWM")
             peaks[size] = None if before is None or peak is None else max(peak - before, 0)
-    return FreshResult(load_ms=1e3 * (loaded - began), first_run_ms=1e3 * (first - loaded), host_peak_bytes=peaks)
+    return FreshResult(load_ms=1e3 * load_seconds, first_run_ms=1e3 * first_run_seconds, host_peak_bytes=peaks)
 
 
 def main() -> None:
@@ -172,6 +176,15 @@ def _failed(reason: str) -> RuntimeUnavailableError:
 def _median(values: list[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return round(statistics.median(known)) if len(known) == len(values) else None
+
+
+def _held_bytes(module: nn.Module | None) -> int | None:
+    """Starts the count of the peak; returns what the process holds now, without the weights of the module."""
+    gc.collect()
+    held = _resident_bytes("VmRSS") if _reset_peak() else None
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == "cpu")
+    return None if held is None else held - weights
 
 
 def _reset_peak() -> bool:

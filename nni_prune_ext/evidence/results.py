@@ -91,6 +91,7 @@ class EvidenceRow:
         runtime: name of the runtime.
         batch: images per run.
         latency: percentiles, ratio to the first network of the runtime, and where it ran.
+        error_bar: how far the first network's ratio to itself is from 1: smaller differences mean nothing.
         throughput: images per second.
         size_bytes: of the ONNX file.
         macs: of one image.
@@ -104,6 +105,7 @@ class EvidenceRow:
     runtime: str
     batch: int
     latency: LatencyRow
+    error_bar: float
     throughput: Throughput
     size_bytes: int
     macs: int | None = None
@@ -158,6 +160,7 @@ class Evidence:
             runtime=timing.runtime,
             batch=timing.latency.batch_size,
             latency=row,
+            error_bar=timing.latency.error_bar,
             throughput=timing.throughput[row.name],
             size_bytes=own.size_bytes,
             macs=own.macs,

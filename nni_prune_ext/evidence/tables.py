@@ -35,16 +35,21 @@ def _ratio(value: float) -> str:
     return f"{value:.3f}"
 
 
+def _error(value: float) -> str:
+    return number_text.error(value) if value else "0"
+
+
 QUANTITIES = (
     Quantity("batch", lambda row: row.batch, "{:.0f}".format),
     Quantity("p50 ms", lambda row: row.latency.p50_ms, _ms),
     Quantity("p95 ms", lambda row: row.latency.p95_ms, _ms),
     Quantity("p99 ms", lambda row: row.latency.p99_ms, _ms),
     Quantity("× first", lambda row: row.latency.ratio, _ratio),
+    Quantity("A/A", lambda row: row.error_bar, "± {:.3f}".format),
     Quantity("MACs × first", lambda row: row.macs_ratio, _ratio),
     Quantity("images/s", lambda row: row.throughput.images_per_s, "{:,.0f}".format),
     Quantity("top-1", lambda row: row.top1, number_text.percent),
-    Quantity("parity", lambda row: row.parity.max_rel if row.parity else None, number_text.error),
+    Quantity("parity", lambda row: row.parity.max_rel if row.parity else None, _error),
     Quantity("same top-1", lambda row: row.parity.top1_agreement if row.parity else None, number_text.percent),
     Quantity("host peak", lambda row: row.host_peak_bytes, number_text.size),
     Quantity("GPU memory", lambda row: row.latency.gpu_memory_bytes, number_text.size),
@@ -156,8 +161,8 @@ def _group(
         if row.runtime == runtime
     ]
     absent = [one for one in missing if one.runtime == runtime and one.what == "everything"]
-    gaps = [Cell("–", "missing")] * len(quantities)
-    return found + [[Cell(one.network or _ALL), *gaps, Cell(NOT_MEASURED, "missing")] for one in absent]
+    gaps = [Cell("–", "missing")] * (len(quantities) + 1)
+    return found + [[Cell(f"{one.network or _ALL}: {NOT_MEASURED}", "missing"), *gaps] for one in absent]
 
 
 def _cell(text: str | None) -> Cell:
@@ -166,7 +171,10 @@ def _cell(text: str | None) -> Cell:
 
 def _notes(evidence: Evidence) -> list[str]:
     rows = evidence.rows()
-    notes = ["“× first” refers to the first network that the runtime ran; ratios are medians within rounds."]
+    notes = [
+        "“× first” refers to the first network that the runtime ran; ratios are medians within rounds. “A/A” is how "
+        "far that network is from itself: smaller differences mean nothing."
+    ]
     if any(row.parity for row in rows):
         images = max(row.parity.images for row in rows if row.parity)
         notes.append(
@@ -179,9 +187,4 @@ def _notes(evidence: Evidence) -> list[str]:
             f"Cold start, from opening the file to the first result, and host peak are medians of {fresh} fresh "
             "process(es); compilers start with empty caches."
         )
-    bars = [
-        f"{own.runtime} batch {own.latency.batch_size}: {100 * own.latency.error_bar:.1f} %" for own in evidence.timings
-    ]
-    if bars:
-        notes.append(f"Differences in latency below these mean nothing: {'; '.join(bars)}.")
     return notes
