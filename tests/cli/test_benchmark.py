@@ -91,6 +91,39 @@ def test_with_data_accuracy_is_that_of_the_model_on_the_same_images(place: Path)
     assert {"onnxruntime-cpu": {"narrow": accuracy(net(2), batches)}} == json.loads(found.stdout)["accuracy"]
 
 
+def test_pytorch_and_onnx_runtime_are_on_one_page_with_parity_and_macs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), "
+    (tmp_path / "my_nets.py").write_text(code + "nn.Linear(392, 10))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    found = run(place / "narrow", *CPU, "--on", "torch-eager", *QUICK, "--model", "my_nets:build", "--batch", "2",
+                "--out", tmp_path / "new", "--page", tmp_path / "pages" / "evidence.md")  # fmt: skip
+
+    assert 0 == found.exit_code
+    facts = json.loads((tmp_path / "new" / "evidence.json").read_text())
+    assert {"onnxruntime-cpu", "torch-eager"} == {m["runtime"] for m in facts["measurements"]} == set(facts["parity"])
+    assert facts["parity"]["torch-eager"]["narrow"]["max_rel"] <= 1e-6
+    assert facts["parity"]["onnxruntime-cpu"]["narrow"]["max_rel"] <= 1e-5
+    assert 2 * 14 * 14 * 9 + 392 * 10 == facts["networks"][0]["macs"]
+    page = (tmp_path / "pages" / "evidence.md").read_text()
+    assert all(word in page for word in ("| torch-eager | narrow | 2 |", "MACs × first", "torch-cpu 4", "fp32"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_pytorch_is_not_put_on_a_gpu_that_is_not_there(place: Path) -> None:
+    with pytest.raises(ConfigError, match="PyTorch sees no CUDA device"):
+        run(place / "narrow", *QUICK, "--device", "cuda")
+
+
+def test_precision_and_clock_are_those_asked_for(place: Path) -> None:
+    found = run(place / "narrow", *CPU, *QUICK, "--precision", "fp16", "--clock", "wall", "--json")
+
+    facts = json.loads(found.stdout)
+    assert ("fp16", "wall") == (facts["conditions"]["precision"], facts["measurements"][0]["latency"]["clock"])
+
+
 def test_machines_get_one_object_and_nothing_else(place: Path) -> None:
     found = run(place / "narrow", *CPU, *QUICK, "--json")
 
@@ -151,6 +184,20 @@ MISTAKES: dict[str, tuple[list[str], type[NniPruneExtError], str]] = {
         ConfigError,
         "at least --batch 300",
     ),
+    "page of another kind": (["wide", "--page", "page.pdf"], ConfigError, r"ends in '.pdf', expected .html or .md"),
+    "option without runtime": (["wide", "--runtime-option", "a=1"], ConfigError, "Expected RUNTIME:KEY=VALUE"),
+    "option of a runtime that is not measured": (
+        ["wide", *CPU, "--runtime-option", "onnxruntime-cuda:cuda_graph=true"],
+        ConfigError,
+        "names 'onnxruntime-cuda', which is not measured.*Add --on onnxruntime-cuda",
+    ),
+    "option that a runtime does not have": (
+        ["wide", *CPU, "--runtime-option", "onnxruntime-cpu:cuda_graph=true"],
+        ConfigError,
+        "has no option 'cuda_graph'",
+    ),
+    "CPU time of two threads": (["wide", "--clock", "cpu", "--threads", "2"], ConfigError, "counts one thread only"),
+    "model that does not exist": (["wide", "--model", "resnet21"], ModelError, "no built-in model 'resnet21'"),
     "unreadable mean": (["wide", "--data", "digits", "--mean", "x"], ConfigError, "--mean 'x'"),
 }
 
