@@ -86,8 +86,9 @@ def _compiled(module: nn.Module) -> Callable[..., object]:
             first = str(error).strip().partition("\n")[0]
             raise RuntimeUnavailableError(
                 f"The runtime torch-compile cannot compile the model in one piece: {type(error).__name__}: {first}. "
-                "Expected a module without control flow that depends on its data, at no more than eight shapes. "
-                "Measure it with torch-eager."
+                "Expected a module without control flow that depends on its data, at no more than eight shapes, and a "
+                "compiler that works. Measure it with torch-eager; if an earlier compilation was interrupted, name an "
+                "empty folder in TORCHINDUCTOR_CACHE_DIR."
             ) from error
 
     return checked
