@@ -7,6 +7,8 @@ what they built get an empty cache in every process, so that each of them starts
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import statistics
@@ -86,7 +88,7 @@ class FreshRuns:
         first_run_ms: the rest: the first run, at the smallest batch size.
         host_peak_bytes: by batch size, by how much the peak of the process's resident memory lies above what it held
             before the network was loaded; ``None`` where the system does not say. For PyTorch it is the weights and
-            what running adds: what it took to cut the network out of the original one does not count.
+            what running adds: rebuilding the network, compiling it and starting the libraries does not count.
         processes: how many there were.
     """
 
@@ -135,6 +137,8 @@ def run_task(task: FreshTask) -> FreshResult:
         began = time.perf_counter()
         session.run([inputs[task.batches[0]]])
         first_run_seconds = time.perf_counter() - began
+        if module is not None:  # libraries have started: the cut of a pruned network starts them early
+            before = _held_bytes(module)
         peaks: dict[int, int | None] = {}
         for size, images in inputs.items():
             run_once = session.bind([images])
@@ -181,6 +185,8 @@ def _median(values: list[int | None]) -> int | None:
 def _held_bytes(module: nn.Module | None) -> int | None:
     """Starts the count of the peak; returns what the process holds now, without the weights of the module."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone can give freed memory back
+        ctypes.CDLL(None).malloc_trim(0)  # what running would take of it would not be seen
     held = _resident_bytes("VmRSS") if _reset_peak() else None
     tensors = [] if module is None else [*module.parameters(), *module.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == "cpu")
