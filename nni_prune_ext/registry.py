@@ -57,6 +57,7 @@ BUILT_IN: Mapping[Kind, Mapping[str, str]] = MappingProxyType(
                 "onnxruntime-cpu": "nni_prune_ext.runtimes.onnxruntime_cpu:OnnxRuntimeCpu",
                 "onnxruntime-cuda": "nni_prune_ext.runtimes.onnxruntime_cuda:OnnxRuntimeCuda",
                 "onnxruntime-tensorrt": "nni_prune_ext.runtimes.onnxruntime_tensorrt:OnnxRuntimeTensorRT",
+                "torch-compile": "nni_prune_ext.runtimes.torch_compile:TorchCompile",
                 "torch-eager": "nni_prune_ext.runtimes.torch_eager:TorchEager",
             }
         ),

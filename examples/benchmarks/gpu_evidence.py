@@ -23,15 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # works from a source tree that was never installed
 
 import nni_prune_ext as npe  # noqa: E402 (the path comes first)
-from nni_prune_ext.deployment import load_pruned, runtime  # noqa: E402
+from nni_prune_ext.deployment import runtime  # noqa: E402
 from nni_prune_ext.errors import NniPruneExtError, RuntimeUnavailableError  # noqa: E402
 from nni_prune_ext.evaluation import accuracy_of_session, environment, file_size_bytes, measure_latency, throughput  # noqa: E402
+from nni_prune_ext.evidence.networks import rebuilt  # noqa: E402
 from nni_prune_ext.runtimes.base import RunnableModel  # noqa: E402
 from nni_prune_ext.text_files import write_text  # noqa: E402
 
@@ -62,7 +62,7 @@ def main() -> None:
         if time.monotonic() - began > arguments.budget_seconds:
             print(f"stopped after {number} pieces, {len(todo) - number} are left: run the same command again")
             break
-        found = measure(piece, artefacts, job, test, arguments)
+        found = measure(piece, artefacts, test, arguments)
         write_text(piece_path(pieces_folder, piece), json.dumps(found, indent=1) + "\n")
         print(" ".join(piece), json.dumps({k: found[k] for k in ("status", "latency_ratio") if k in found}))
     merged = {"job": job, "pieces": current_pieces(pieces_folder, artefacts)}
@@ -105,9 +105,7 @@ def fingerprints(artefacts: Path, network: str) -> dict[str, str] | None:
     return {which: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for which, path in files.items()}
 
 
-def measure(
-    piece: Piece, artefacts: Path, job: dict[str, object], test: list, arguments: argparse.Namespace
-) -> dict[str, object]:
+def measure(piece: Piece, artefacts: Path, test: list, arguments: argparse.Namespace) -> dict[str, object]:
     """Measures one pruned network against the dense one on one runtime; says why where it cannot."""
     name, precision, network = piece
     found: dict[str, object] = {
@@ -123,7 +121,7 @@ def measure(
         return {**found, "status": "NOT MEASURED", "reason": availability.reason}
     models = {
         which: RunnableModel(
-            onnx_path=artefacts / which / "model.onnx", module=module(job, artefacts, which, arguments.device)
+            onnx_path=artefacts / which / "model.onnx", module=rebuilt(artefacts / which).to(arguments.device)
         )
         for which in ("dense", network)
     }
@@ -147,7 +145,7 @@ def measure(
         for which, model in models.items():
             with chosen.session(model, precision=precision) as session:
                 accuracies[which] = accuracy_of_session(session, [(x.numpy(), y.numpy()) for x, y in test])
-                agreement[which] = relative_difference(session.run([first])[0], reference(job, artefacts, which, first))
+                agreement[which] = relative_difference(session.run([first])[0], reference(artefacts, which, first))
     except NniPruneExtError as error:
         return {**found, "status": "NOT MEASURED", "reason": str(error)}
     return {
@@ -163,21 +161,9 @@ def measure(
     }
 
 
-def module(job: dict[str, object], artefacts: Path, which: str, device: str) -> nn.Module:
-    """Rebuilds a network of the demo from its artefacts."""
-    shape = job["input_shape"]
-    model = npe.build_model(str(job["model"]), num_classes=job["num_classes"], in_channels=shape[0])
-    folder = artefacts / which
-    if (folder / "plan.json").exists():
-        model = load_pruned(model, folder, (torch.zeros(1, *shape),))
-    else:
-        npe.load_weights(model, folder / "model.safetensors")
-    return model.eval().to(device)
-
-
-def reference(job: dict[str, object], artefacts: Path, which: str, images: np.ndarray) -> np.ndarray:
+def reference(artefacts: Path, which: str, images: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return module(job, artefacts, which, "cpu")(torch.from_numpy(images)).numpy()
+        return rebuilt(artefacts / which)(torch.from_numpy(images)).numpy()
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:

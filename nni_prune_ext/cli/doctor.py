@@ -9,7 +9,6 @@ import typer
 
 from nni_prune_ext.cli import options as o
 from nni_prune_ext.cli.json_lines import json_line
-from nni_prune_ext.cli.onnx_files import common_shape, named_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,11 +44,13 @@ def doctor(
     json: o.Json = False,
 ) -> None:
     """Says why a pruned network is not faster, and which widths to round; every time is measured."""
-    from nni_prune_ext.text_files import write_text  # imported here to keep --help instant
+    from nni_prune_ext.export import onnx_inputs  # imported here to keep --help instant
+    from nni_prune_ext.text_files import write_text
 
     _check_out(out)
-    files = named_files([dense, pruned])
-    shape = (batch, *(int(size or 0) for size in common_shape(files, [batch])[1:]))
+    files = {name: onnx_inputs.onnx_file(path) for name, path in onnx_inputs.named_networks([dense, pruned]).items()}
+    common = onnx_inputs.common_shape({name: onnx_inputs.input_shape(path) for name, path in files.items()}, [batch])
+    shape = (batch, *(int(size or 0) for size in common[1:]))
     paths = (*files.values(),)
     if profile:
         found = _recorded(paths, profile, shape)

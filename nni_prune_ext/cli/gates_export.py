@@ -9,7 +9,6 @@ import typer
 
 from nni_prune_ext.cli import options as o
 from nni_prune_ext.cli.gates_job import Data, gates_job, images_and_labels
-from nni_prune_ext.cli.onnx_files import input_shape, written_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,12 +147,13 @@ def _check_fits(reference: Path, images: Tensor) -> None:
         ModelError: it cannot be read as ONNX.
     """
     from nni_prune_ext.errors import ConfigError  # imported here to keep --help instant
+    from nni_prune_ext.export.onnx_inputs import input_shape, written_shape
 
     shape, wanted = input_shape(reference), (1, *images.shape[1:])
     if (shape[0] or 1, *shape[1:]) != wanted:
         raise ConfigError(
-            f"The dense network '{reference}' takes inputs of {written_shape(shape)}, expected {written_shape(wanted)}, "
-            "one image at a time, as the gated network does. Name another file with --dense."
+            f"The dense network '{reference}' takes inputs of {written_shape(shape)}, expected "
+            f"{written_shape(wanted)}, one image at a time, as the gated network does. Name another file with --dense."
         )
 
 

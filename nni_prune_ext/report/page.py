@@ -67,9 +67,9 @@ def page(reports: Sequence[RunReport]) -> str:
     )
 
 
-def sections_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Returns a page of sections, without verdicts or figures."""
-    alone = _Run(0, title, subtitle, (), (), sections)
+def sections_page(title: str, subtitle: str, sections: Sequence[Section], *, verdicts: Sequence[Verdict] = ()) -> str:
+    """Returns a page of sections, without figures."""
+    alone = _Run(0, title, subtitle, verdicts, (), sections)
     return _template().render(title=title, verdicts=[], runs=[alone], shared=[], alone=True)
 
 

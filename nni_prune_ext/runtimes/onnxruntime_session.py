@@ -19,7 +19,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import onnx
 
-from nni_prune_ext.errors import ModelError, RuntimeUnavailableError
+from nni_prune_ext.errors import ConfigError, ModelError, RuntimeUnavailableError
 from nni_prune_ext.runtimes.base import (
     Array,
     InferenceRuntime,
@@ -51,6 +51,24 @@ _NUMPY_TYPES = {
 }
 
 
+_GRAPH_ID = "gpu_graph_id"
+_NO_GRAPH = "-1"
+
+
+def require_type(option: str, value: object, kind: type | tuple[type, ...]) -> None:
+    """Refuses an option of a runtime whose value is of another type.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise ConfigError(
+            f"The option {option} of a runtime is {value!r}, expected {' or '.join(own.__name__ for own in kinds)}. "
+            "Give another value, or leave it out."
+        )
+
+
 @contextmanager
 def open_session(
     runtime: InferenceRuntime,
@@ -59,6 +77,7 @@ def open_session(
     *,
     threads: int | None,
     half_precision_file: bool,
+    cuda_graph: bool = False,
 ) -> Iterator[InferenceSession]:
     """Loads an ONNX file and checks that the first provider is in charge of it.
 
@@ -71,13 +90,14 @@ def open_session(
         providers: Providers and options; the first one must run the model, the CPU only arithmetic on shapes.
         threads: CPU threads of one run; None leaves the choice to ONNX Runtime.
         half_precision_file: Convert the file to fp16, with float32 inputs and outputs.
+        cuda_graph: Whether the provider was told to capture CUDA graphs; what is bound then has one graph each.
 
     Raises:
         RuntimeUnavailableError: If the runtime is not usable here or fell back.
         ModelError: If there is no ONNX file, or one that cannot be loaded.
     """
     with _loaded(runtime, source, providers, threads=threads, half_precision_file=half_precision_file) as loaded:
-        yield _OnnxRuntimeSession(*loaded, tuple(providers), runtime.name)
+        yield _OnnxRuntimeSession(*loaded, tuple(providers), runtime.name, cuda_graph=cuda_graph)
 
 
 @contextmanager
@@ -164,6 +184,8 @@ class _Port(Protocol):
 class _IOBinding(Protocol):
     def bind_ortvalue_input(self, name: str, value: object) -> None: ...
     def bind_output(self, name: str, device_type: str) -> None: ...
+    def bind_ortvalue_output(self, name: str, value: object) -> None: ...
+    def get_outputs(self) -> Sequence[object]: ...
     def synchronize_outputs(self) -> None: ...
 
 
@@ -173,9 +195,9 @@ class _OrtSession(Protocol):
     def get_providers(self) -> list[str]: ...
     def get_inputs(self) -> list[_Port]: ...
     def get_outputs(self) -> list[_Port]: ...
-    def run(self, names: None, feed: Mapping[str, Array]) -> list[Array]: ...
+    def run(self, names: None, feed: Mapping[str, Array], options: object = None) -> list[Array]: ...
     def io_binding(self) -> _IOBinding: ...
-    def run_with_iobinding(self, binding: _IOBinding) -> None: ...
+    def run_with_iobinding(self, binding: _IOBinding, options: object = None) -> None: ...
     def end_profiling(self) -> str: ...
 
 
@@ -198,12 +220,20 @@ class _OnnxRuntimeSession:
     """A loaded ONNX file whose placement on providers is checked at the first run."""
 
     def __init__(
-        self, onnxruntime: ModuleType, session: _OrtSession, wanted: tuple[str, ...], runtime_name: str
+        self,
+        onnxruntime: ModuleType,
+        session: _OrtSession,
+        wanted: tuple[str, ...],
+        runtime_name: str,
+        *,
+        cuda_graph: bool,
     ) -> None:
         self._onnxruntime = onnxruntime
         self._session = session
         self._wanted = wanted
         self._runtime_name = runtime_name
+        self._cuda_graph = cuda_graph
+        self._num_graphs = 0
         self._placement: Mapping[str, int] | None = None  # unknown before the first run
         self._inputs = [port.name for port in session.get_inputs()]
         self._require(wanted[0] in self.providers, f"it uses {', '.join(self.providers)} only")
@@ -224,7 +254,7 @@ class _OnnxRuntimeSession:
         return self._placement or {}
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
-        outputs = self._session.run(None, self._feed(inputs))
+        outputs = self._session.run(None, self._feed(inputs), self._run_options(_NO_GRAPH))
         if self._placement is None:
             self._check_placement()
         return outputs
@@ -238,12 +268,34 @@ class _OnnxRuntimeSession:
             binding.bind_ortvalue_input(name, self._onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0))
         for port in self._session.get_outputs():
             binding.bind_output(port.name, self.device)
+        options = self._captured(binding) if self._cuda_graph else None
 
         def run_once() -> None:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
             binding.synchronize_outputs()
 
         return run_once
+
+    def _captured(self, binding: _IOBinding) -> object:
+        """Gives a binding outputs that stay where they are, and a graph of its own; returns the options that name it.
+
+        A graph replays addresses and shapes, so every binding needs its own number; 0 is reserved.
+        """
+        self._session.run_with_iobinding(binding, self._run_options(_NO_GRAPH))
+        for port, value in zip(self._session.get_outputs(), binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(port.name, value)
+        self._num_graphs += 1
+        options = self._run_options(str(self._num_graphs))
+        self._session.run_with_iobinding(binding, options)
+        return options
+
+    def _run_options(self, graph: str) -> object:
+        """Returns the options of a run with a graph, or ``None`` where there are no graphs."""
+        if not self._cuda_graph:
+            return None
+        options = self._onnxruntime.RunOptions()
+        options.add_run_config_entry(_GRAPH_ID, graph)
+        return options
 
     def _feed(self, inputs: Sequence[Array]) -> dict[str, Array]:
         if len(inputs) != len(self._inputs):

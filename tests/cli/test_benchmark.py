@@ -15,13 +15,14 @@ from nni_prune_ext import deployment
 from nni_prune_ext.cli.benchmark import benchmark
 from nni_prune_ext.deployment import write_artefacts
 from nni_prune_ext.errors import ArtefactError, ConfigError, ModelError, NniPruneExtError, UnknownPluginError
+from nni_prune_ext.evidence import OutputParity, measuring
 from nni_prune_ext.export.onnx_static import export_onnx
 from nni_prune_ext.runtimes.onnxruntime_cpu import OnnxRuntimeCpu
 from nni_prune_ext.runtimes.onnxruntime_cuda import OnnxRuntimeCuda
 
 APP = typer.Typer()
 APP.command()(benchmark)
-QUICK = ["--rounds", "2", "--seconds", "0"]
+QUICK = ["--rounds", "2", "--seconds", "0", "--fresh", "0"]
 CPU = ["--on", "onnxruntime-cpu"]
 
 
@@ -64,14 +65,16 @@ def test_networks_are_measured_side_by_side_at_every_batch_size(place: Path, tmp
         assert all(t["images_per_s"] > 0 and t["threads"] == 1 for t in measured["throughput"].values())
         assert {measured["batch"]} == {t["batch_size"] for t in measured["throughput"].values()}
     assert (place / "wide" / "model.onnx").stat().st_size == facts["networks"][0]["size_bytes"]
-    assert {} == facts["unusable"] == facts["accuracy"]
+    assert {} == facts["accuracy"] == facts["parity"] == facts["fresh_processes"]
+    assert [] == facts["not_measured"]
     assert facts["environment"]["cpu"]
     for word in ("onnxruntime-cpu, batch 4, input (N, 1, 16, 16)", "× first", "cpu time, 1 thread(s)", "mean nothing"):
         assert word in found.stdout
 
 
 def test_a_wider_network_is_slower_than_the_first_one(place: Path) -> None:
-    found = run(place / "narrow", place / "wide", *CPU, "--batch", "16", "--json", "--seconds", "0.2", "--rounds", "20")
+    found = run(place / "narrow", place / "wide", *CPU, "--batch", "16", "--json", "--fresh", "0", "--seconds", "0.2",
+                "--rounds", "20")  # fmt: skip
 
     narrow, wide = json.loads(found.stdout)["measurements"][0]["latency"]["rows"]
     assert 1 == narrow["ratio"] < wide["ratio"]
@@ -88,11 +91,44 @@ def test_with_data_accuracy_is_that_of_the_model_on_the_same_images(place: Path)
     assert {"onnxruntime-cpu": {"narrow": accuracy(net(2), batches)}} == json.loads(found.stdout)["accuracy"]
 
 
+def test_pytorch_and_onnx_runtime_are_on_one_page_with_parity_and_macs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), "
+    (tmp_path / "my_nets.py").write_text(code + "nn.Linear(392, 10))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    found = run(place / "narrow", *CPU, "--on", "torch-eager", *QUICK, "--model", "my_nets:build", "--batch", "2",
+                "--out", tmp_path / "new", "--page", tmp_path / "pages" / "evidence.md")  # fmt: skip
+
+    assert 0 == found.exit_code
+    facts = json.loads((tmp_path / "new" / "evidence.json").read_text())
+    assert {"onnxruntime-cpu", "torch-eager"} == {m["runtime"] for m in facts["measurements"]} == set(facts["parity"])
+    assert facts["parity"]["torch-eager"]["narrow"]["max_rel"] <= 1e-6
+    assert facts["parity"]["onnxruntime-cpu"]["narrow"]["max_rel"] <= 1e-5
+    assert 2 * 14 * 14 * 9 + 392 * 10 == facts["networks"][0]["macs"]
+    page = (tmp_path / "pages" / "evidence.md").read_text()
+    assert all(word in page for word in ("| torch-eager | narrow | 2 |", "MACs × first", "torch-cpu 4", "fp32"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_pytorch_is_not_put_on_a_gpu_that_is_not_there(place: Path) -> None:
+    with pytest.raises(ConfigError, match="PyTorch sees no CUDA device"):
+        run(place / "narrow", *QUICK, "--device", "cuda")
+
+
+def test_precision_and_clock_are_those_asked_for(place: Path) -> None:
+    found = run(place / "narrow", *CPU, *QUICK, "--precision", "fp16", "--clock", "wall", "--json")
+
+    facts = json.loads(found.stdout)
+    assert ("fp16", "wall") == (facts["conditions"]["precision"], facts["measurements"][0]["latency"]["clock"])
+
+
 def test_machines_get_one_object_and_nothing_else(place: Path) -> None:
     found = run(place / "narrow", *CPU, *QUICK, "--json")
 
     assert 1 == len(found.stdout.splitlines())
-    assert ("done", 1, None) == tuple(json.loads(found.stdout)[key] for key in ("event", "format", "data"))
+    assert ("done", 2, None) == tuple(json.loads(found.stdout)[key] for key in ("event", "format", "data"))
 
 
 @pytest.mark.skipif(OnnxRuntimeCuda().availability().usable, reason="this machine has a GPU")
@@ -109,12 +145,15 @@ def test_by_default_all_usable_runtimes_are_measured_and_the_others_stated(place
 
     assert 0 == found.exit_code
     assert "onnxruntime-cpu, batch 1" in found.stdout
-    assert "not measured on torch-eager: " in found.stderr
-    assert "needs a PyTorch module" in found.stderr
+    table = " ".join(found.stdout.partition("NOT MEASURED")[2].replace("│", " ").split())
+    for runtime in ("torch-eager", "torch-compile"):
+        assert f"{runtime} narrow everything The runtime {runtime} needs a PyTorch module" in table
+    assert "does not say how its model is built" in table
+    assert "not measured" not in found.stderr
 
 
 def test_if_nothing_can_be_measured_the_exit_code_is_2(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "runtime", lambda name: Broken())
+    monkeypatch.setattr(deployment, "runtime", lambda *_: Broken())
 
     found = run(place / "narrow", *QUICK)
 
@@ -145,6 +184,20 @@ MISTAKES: dict[str, tuple[list[str], type[NniPruneExtError], str]] = {
         ConfigError,
         "at least --batch 300",
     ),
+    "page of another kind": (["wide", "--page", "page.pdf"], ConfigError, r"ends in '.pdf', expected .html or .md"),
+    "option without runtime": (["wide", "--runtime-option", "a=1"], ConfigError, "Expected RUNTIME:KEY=VALUE"),
+    "option of a runtime that is not measured": (
+        ["wide", *CPU, "--runtime-option", "onnxruntime-cuda:cuda_graph=true"],
+        ConfigError,
+        "names 'onnxruntime-cuda', which is not measured.*Add --on onnxruntime-cuda",
+    ),
+    "option that a runtime does not have": (
+        ["wide", *CPU, "--runtime-option", "onnxruntime-cpu:cuda_graph=true"],
+        ConfigError,
+        "has no option 'cuda_graph'",
+    ),
+    "CPU time of two threads": (["wide", "--clock", "cpu", "--threads", "2"], ConfigError, "counts one thread only"),
+    "model that does not exist": (["wide", "--model", "resnet21"], ModelError, "no built-in model 'resnet21'"),
     "unreadable mean": (["wide", "--data", "digits", "--mean", "x"], ConfigError, "--mean 'x'"),
 }
 
@@ -163,13 +216,15 @@ def test_a_mistake_is_refused_before_anything_is_measured_or_written(
 
 
 def test_numbers_that_json_does_not_know_are_null(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "onnx_accuracy", lambda *_, **__: float("nan"))
+    far = OutputParity(float("inf"), float("nan"), None, 1)
+    monkeypatch.setattr(measuring.ParityCount, "result", lambda _: far)
 
     found = run(place / "narrow", *CPU, *QUICK, "--data", "digits", "--limit-images", "60", "--json",
                 "--out", tmp_path / "times.json")  # fmt: skip
 
     for text in (found.stdout, (tmp_path / "times.json").read_text()):
-        assert {"onnxruntime-cpu": {"narrow": None}} == json.loads(text, parse_constant=pytest.fail)["accuracy"]
+        parity = json.loads(text, parse_constant=pytest.fail)["parity"]["onnxruntime-cpu"]["narrow"]
+        assert {"max_rel": None, "mean_rel": None, "top1_agreement": None, "images": 1} == parity
 
 
 def test_a_damaged_folder_is_not_measured(place: Path, tmp_path: Path) -> None:
