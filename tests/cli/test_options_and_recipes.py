@@ -153,7 +153,7 @@ MISTAKES = {
     "--pretrained --weights a.pt": "--pretrained conflicts with --weights: two sources of weights",
     "--distill 0.5": "--distill: distillation without recovery: the teacher is only used in recovery.",
     "--control": "--control without recovery: nothing trains",
-    "--quantize int8": "--quantize without data: int8 is calibrated on training images. Add data",
+    "--quantize int8": "--quantize: quantize without data: int8 is calibrated on training images. Add data",
     "--quantize int4": "--quantize: quantize.precision.0 is 'int4': expected 'int8' or 'fp16'. Did you mean 'int8'?",
     "--batch-size 4": "--batch-size: data.source is missing, expected a value. Add it.",
     "--option steps=0": "--option steps: options.steps is 0: expected a value greater than or equal to 1.",
