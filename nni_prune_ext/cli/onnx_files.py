@@ -64,7 +64,7 @@ def _input_shape(path: Path) -> tuple[int | None, ...]:
     from nni_prune_ext.errors import ConfigError, ModelError
 
     try:
-        graph = onnx.load(str(path), load_external_data=False).graph
+        graph = onnx.load(str(path), format="protobuf", load_external_data=False).graph
     except (OSError, ValueError, _decode_error()) as error:
         raise ModelError(
             f"'{path}' cannot be read as ONNX ({error}). Expected what `nni-prune-ext export` makes."
