@@ -153,9 +153,10 @@ def _shapes(model: onnx.ModelProto, input_shapes: Sequence[Sequence[int]]) -> di
 
 
 def _read(path: Path) -> onnx.ModelProto:
+    damaged = (onnx.checker.ValidationError, import_module("google.protobuf.message").DecodeError)
     try:
-        model = onnx.load(str(path))
-    except (OSError, ValueError, import_module("google.protobuf.message").DecodeError) as error:
+        model = onnx.load(str(path), format="protobuf")  # whatever its name is
+    except (OSError, ValueError, *damaged) as error:
         raise ModelError(
             f"'{path}' cannot be read as ONNX ({error}). Expected what `nni-prune-ext export` makes; copy it again."
         ) from error

@@ -55,7 +55,7 @@ def loaded_graph(path: Path) -> onnx.ModelProto:
         ModelError: it cannot be read as ONNX.
     """
     try:
-        return onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), format="protobuf", load_external_data=False)  # whatever the file is called
     except (OSError, ValueError, _DecodeError) as error:
         raise ModelError(
             f"'{path}' cannot be read as ONNX ({error}). Expected what `nni-prune-ext export` makes."

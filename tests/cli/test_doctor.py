@@ -54,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written(net(17, 33, 5), folder / "pruned.onnx")
     written(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), folder / "other.onnx")
     (folder / "text.onnx").write_text("not an ONNX file")
+    (folder / "advice.json").write_text('{"multiple": 16}')
     return folder
 
 
@@ -133,6 +134,7 @@ def test_recorded_profiles_are_read_and_those_of_another_file_refused(place: Pat
     ("first", "second", "error", "message"),
     [
         ("dense", "text.onnx", ModelError, "cannot be read as ONNX"),
+        ("dense", "advice.json", ModelError, "cannot be read as ONNX"),
         ("dense", "nothing", ConfigError, "There is nothing at"),
         ("dense", "other.onnx", ModelError, "no layer in common"),
         ("pruned", "dense", ModelError, "Swap them"),

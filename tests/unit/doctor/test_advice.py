@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 from made_networks import chain, conv, profile
 
 from nni_prune_ext.allocation import LayerLimit, Limits
-from nni_prune_ext.doctor.advice import Advice, advise
+from nni_prune_ext.doctor.advice import Advice, Trials, advise
 from nni_prune_ext.doctor.layer_times import ProfiledNetwork, Time, layer_rows
 from nni_prune_ext.doctor.network import Network
+from nni_prune_ext.runtimes.onnxruntime_cpu import OnnxRuntimeCpu
 from nni_prune_ext.runtimes.onnxruntime_profile import read_profile
 
 SHAPE = [(1, 3, 8, 8)]
@@ -92,6 +94,25 @@ def test_other_multiples_are_tried_when_asked_for(tmp_path: Path) -> None:
     found, _ = advice_for(tmp_path, [17, 33, 20], Pretended(), multiple=4)
 
     assert {("conv0", 20), ("conv1", 36)} == {(a.layer, a.to) for a in found}
+
+
+def test_gains_are_taken_within_each_batch_and_have_the_largest_error_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = iter([0.3, 0.1])
+
+    def measured(entries: Mapping[str, object], inputs: object, **options: object) -> SimpleNamespace:
+        rows = [SimpleNamespace(name=name, p50_ms=10.0, ratio=1.0 if not name else 0.8) for name in entries]
+        return SimpleNamespace(rows=rows, error_bar=next(bars))
+
+    monkeypatch.setattr("nni_prune_ext.doctor.advice.measure_latency", measured)
+    network = Network.load(chain(tmp_path / "a.onnx", [8]), SHAPE)
+    candidates = {f"n{index}": network.model for index in range(9)}
+
+    gains = Trials(OnnxRuntimeCpu(), [], 20, 0.0, 1, 0).gains(network.path, candidates)
+
+    assert list(candidates) == list(gains)
+    assert {(2.0, 3.0)} == {(round(gain.ms, 9), gain.error_ms) for gain in gains.values()}
 
 
 def test_advice_in_words_says_what_is_below_the_error_bar(tmp_path: Path) -> None:

@@ -145,8 +145,16 @@ def test_a_file_of_somebody_else_a_damaged_one_and_a_wrong_input_are_refused(tmp
     chain(tmp_path / "foreign.onnx", [5, 7], ours=False)
     (tmp_path / "text.onnx").write_text("no ONNX")
     chain(tmp_path / "ours.onnx", [5, 7])
+    model = onnx.load(str(tmp_path / "ours.onnx"))
+    onnx.save(model, str(tmp_path / "apart.onnx"), save_as_external_data=True, location="apart.data", size_threshold=0)
+    (tmp_path / "apart.data").unlink()
 
-    for name, message in (("foreign", "no ONNX file of this package"), ("text", "cannot be read"), ("no", "cannot be")):
+    for name, message in (
+        ("foreign", "no ONNX file of this package"),
+        ("text", "cannot be read"),
+        ("no", "cannot be"),
+        ("apart", "cannot be"),
+    ):
         with pytest.raises(ModelError, match=message):
             Network.load(tmp_path / f"{name}.onnx", SHAPE)
     with pytest.raises(ModelError, match="takes inputs of shapes"):
