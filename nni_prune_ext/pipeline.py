@@ -186,6 +186,7 @@ def prune(
         limits = aim.limits
     if aim is not None and trains:
         aim.save(measured_before)
+    made: list[tuple[LatencyEvidence, MethodRun, Outcome, Removal, bool]] = []
     while True:
         run = MethodRun(
             model=copy.deepcopy(model),
@@ -204,9 +205,17 @@ def prune(
             seed=seed,
         )
         outcome, removal, cut_before = _carried_out(spec, spec.build(chosen), run)
-        if aim is None or trains or not aim.missed_by(spec.name, run.applied or outcome.plan, removal.model):
+        if aim is None or trains:
             break
-    if aim is not None:
+        if aim.missed_by(spec.name, run.applied or outcome.plan, removal.model):
+            continue
+        made.append((aim.final(removal.model, trained=False), run, outcome, removal, cut_before))
+        if len(made) > 1 or not aim.should_correct(made[0][0], removal.model):
+            break
+    evidence = None
+    if aim is not None and made:
+        evidence, run, outcome, removal, cut_before = min(made, key=lambda one: one[0].distance)
+        aim.use(run.latency)
         aim.save(measured_before)
     plan = run.applied or outcome.plan
     certificate = removal.certificate
@@ -223,7 +232,8 @@ def prune(
     removed_only = _masked(removal.model, masks)
     compact, logs = _recovered(removed_only, recovery, train_batches, recover_epochs, masks, recalibrate=run.loss)
     costs = count_costs(compact, example_inputs)
-    evidence = None if aim is None else aim.final(compact, trained=trains)
+    if aim is not None and (trains or recover_epochs):
+        evidence = aim.final(compact, trained=trains)
     measured = None if evidence is None else (evidence.dense_ms, evidence.achieved_ms)
     return PruneResult(
         model=compact,

@@ -124,6 +124,11 @@ class Achieved:
     asked: float
     achieved: float
 
+    def __str__(self) -> str:
+        """Says what was asked and achieved."""
+        unit = " ms" if self.target.metric == "latency" else ""
+        return f"{self.target}: asked {self.asked:,.6g}{unit}, achieved {self.achieved:,.6g}{unit}"
+
     @property
     def met(self) -> bool:
         """Says whether the bound holds."""
@@ -163,7 +168,7 @@ class Limits(BaseModel):
         max_ratio: largest share of a group's channels that may go.
         min_channels: smallest number of channels that stay in a group.
         multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more
-            channels.
+            channels. With a latency target ``prune`` takes what a probe of the runtime finds, unless it is given.
         exclude: name patterns (``fnmatch``) of layers whose groups stay whole.
         layers: name pattern → limits of its own; the first match counts.
     """

@@ -133,10 +133,7 @@ def _show(prepared: Prepared, result: PruneResult | None) -> None:
         f"{lowest['params'] / max(dense.params, 1):.3f} of the parameters, ratio up to {lowest['ratio']:.3f}"
     )
     for achieved in result.achieved if result else ():
-        unit = " ms" if achieved.target.metric == "latency" else ""
-        typer.echo(
-            f"target {achieved.target}: asked {achieved.asked:,.6g}{unit}, achieved {achieved.achieved:,.6g}{unit}"
-        )
+        typer.echo(f"target {achieved}")
     for sentence in result.latency.sentences() if result and result.latency else ():
         typer.echo(sentence)
     unaligned = unaligned_convolutions(result.model) if result else {}

@@ -17,6 +17,7 @@ from nni_prune_ext.allocation import (
     LATENCY_TOLERANCE,
     CostModel,
     Limits,
+    PredictedLatency,
     Scope,
     Target,
     allocate,
@@ -113,6 +114,7 @@ class LatencyAim:
     _tries: list[Try] = field(default_factory=list)
     _by_magnitude: list[Try] = field(default_factory=list)
     _settled: bool = False
+    _restored: bool = False
 
     @property
     def target(self) -> Target:
@@ -199,6 +201,27 @@ class LatencyAim:
             environment=environment(),
         )
 
+    def should_correct(self, evidence: LatencyEvidence, network: nn.Module) -> bool:
+        """Says whether a method that needs no training should run once more, since its network missed at the end.
+
+        The correction that follows from this measurement is then in place.
+        """
+        asked, near_enough = evidence.asked_ms, 1 - LATENCY_TOLERANCE
+        expected = evidence.achieved_ms < asked and evidence.predicted_ms < asked * near_enough  # nothing nearer
+        if self._restored or (evidence.met and (expected or evidence.achieved_ms >= asked * near_enough)):
+            return False
+        correction = evidence.achieved_ms / evidence.dense_ms / self.predictor.uncorrected_share(_shapes(network))
+        if not self._reachable(correction):
+            return False
+        self._predict_with(self.predictor.corrected(correction))
+        self._settled = True
+        return True
+
+    def use(self, predictor: PredictedLatency | None) -> None:
+        """Goes back to the predictor that led to the network that is kept."""
+        assert isinstance(predictor, LatencyPredictor)
+        self._predict_with(predictor)
+
     def save(self, saved: Checkpoints | None) -> None:
         """Keeps what was measured, once, so that a run that is continued makes the same plan."""
         assert self.alignment is not None  # ``prepare`` has put it in
@@ -233,7 +256,7 @@ class LatencyAim:
         self.limits = self.limits.model_copy(update={"multiple": values["multiple"]})
         penalties = cast("dict[str, float]", values["probe"])
         self.alignment = Alignment(cast("int", values["liked"]), {int(o): penalty for o, penalty in penalties.items()})
-        self._settled = True
+        self._settled = self._restored = True
 
     def _predict_with(self, predictor: LatencyPredictor) -> None:
         self.cost_model = replace(self.cost_model, latency=predictor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from nni_prune_ext.allocation import LATENCY_TOLERANCE
 from nni_prune_ext.latency.conditions import LatencyConditions
 
 
@@ -64,6 +65,16 @@ class LatencyEvidence:
     probe: Mapping[int, float] = field(default_factory=dict)
     remark: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Says whether the bound holds, as far as can be measured."""
+        return self.achieved_ms <= self.asked_ms * (1 + LATENCY_TOLERANCE)
+
+    @property
+    def distance(self) -> tuple[bool, float]:
+        """Returns what is smaller for what is better: missed or not, then how far off, as a share."""
+        return not self.met, abs(self.achieved_ms / self.asked_ms - 1)
 
     def to_dict(self) -> dict[str, object]:
         """Returns everything as JSON-ready values."""

@@ -28,11 +28,11 @@ from nni_prune_ext.training.processes import from_main, is_main
 Exporter = Literal["torchscript", "auto"]
 LayerAt = tuple[Layer, int, int]
 """A layer, the channels that it reads, and those that it writes."""
-_REPEATS = 3
+_REPEATS = 5
 """Sessions of each network: where a session's memory lies makes a difference of up to 2 %."""
-_ROUNDS = {50: 10, 95: 40, 99: 120}
+_ROUNDS = {50: 8, 95: 40, 99: 120}
 """Rounds in which networks are timed, in each session, by percentile."""
-_SECONDS = 0.5
+_SECONDS = 0.3
 """Shortest time for these rounds together."""
 _LAYER_ROUNDS = 10
 _AT_ONCE = 16
