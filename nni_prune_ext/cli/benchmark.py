@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from nni_prune_ext.report import page_parts
 
 FILE_NAME = "evidence.json"
+ONLY_IF_ASKED = {
+    "torch-compile": "It compiles for minutes per network and is measured only if asked for: --on torch-compile"
+}
+"""Runtime → why it is not among those that are taken by default."""
 
 
 class PrecisionName(str, Enum):
@@ -54,7 +59,10 @@ def benchmark(
         ),
     ],
     on: Annotated[
-        list[str], typer.Option("--on", help="A registered runtime; repeatable. All that are usable by default.")
+        list[str],
+        typer.Option(
+            "--on", help="A registered runtime; repeatable. All that are usable but torch-compile by default."
+        ),
     ] = [],  # noqa: B006 (typer reads the default, nobody changes it)
     batch: Annotated[list[int], typer.Option("--batch", min=1, help="Images per run; repeatable.")] = [1],  # noqa: B006
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one run.")] = 1,
@@ -91,13 +99,16 @@ def benchmark(
     from nni_prune_ext.deployment import runtime  # imported here to keep --help instant
     from nni_prune_ext.evidence import Building, Conditions, collect_evidence, common_shape, read_networks
     from nni_prune_ext.evidence.page import check_page_name, write_evidence_page
+    from nni_prune_ext.evidence.results import NotMeasured
     from nni_prune_ext.export.artefact_folder import check_writable
     from nni_prune_ext.registry import plugins
     from nni_prune_ext.text_files import write_text
 
     _check_device(device)
     options = _runtime_options(runtime_option)
-    runtimes = {name: runtime(name, options.get(name)) for name in dict.fromkeys(on or plugins("runtimes"))}
+    left_out = {} if on else ONLY_IF_ASKED
+    names = dict.fromkeys(on or plugins("runtimes"))
+    runtimes = {name: runtime(name, options.get(name)) for name in names if name not in left_out}
     _check_used(options, list(runtimes))
     if page is not None:
         check_page_name(page)
@@ -124,6 +135,8 @@ def benchmark(
         building=Building(options, model, device.value),
         progress=lambda text: typer.echo(text, err=True),
     )
+    skipped = (NotMeasured(name, reason) for name, reason in left_out.items())
+    evidence = replace(evidence, not_measured=(*evidence.not_measured, *skipped))
     for path in filter(None, (file, page)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if file is not None:

@@ -146,10 +146,18 @@ def test_by_default_all_usable_runtimes_are_measured_and_the_others_stated(place
     assert 0 == found.exit_code
     assert "onnxruntime-cpu, batch 1" in found.stdout
     table = " ".join(found.stdout.partition("NOT MEASURED")[2].replace("│", " ").split())
-    for runtime in ("torch-eager", "torch-compile"):
-        assert f"{runtime} narrow everything The runtime {runtime} needs a PyTorch module" in table
+    assert "torch-eager narrow everything The runtime torch-eager needs a PyTorch module" in table
+    assert "measured only if asked for: --on torch-compile" in table
     assert "does not say how its model is built" in table
     assert "not measured" not in found.stderr
+
+
+def test_a_compiler_that_was_asked_for_is_tried(place: Path) -> None:
+    found = run(place / "narrow", *QUICK, "--on", "torch-compile", "--json")
+
+    [missing] = json.loads(found.stdout)["not_measured"]
+    assert "narrow" == missing["network"]
+    assert "needs a PyTorch module" in missing["reason"]
 
 
 def test_if_nothing_can_be_measured_the_exit_code_is_2(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
