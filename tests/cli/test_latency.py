@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ MODEL = ["tiny_for_latency:build", "--input-shape", "1,1,8,8"]
 
 
 class Stopwatch:
-    """One millisecond per thousand weights of one position; the last measurement is ``late`` times as long."""
+    """One millisecond per thousand weights of one position; in final measurements by ``late`` more."""
 
-    late = 1.0
+    late: ClassVar[list[float]] = []
 
     def __init__(self, model, example_inputs, conditions) -> None:
         self.model, self.inputs, self.conditions = model, example_inputs, conditions
@@ -43,7 +44,7 @@ class Stopwatch:
         return {at: at[1] * at[2] / 1e3 for at in layers}
 
     def networks(self, networks: Mapping[str, nn.Module], *, as_shipped: bool = False) -> NetworkTimes:
-        late, dense = self.late if as_shipped else 1.0, self._whole(self.model)
+        late, dense = self.late.pop(0) if as_shipped and self.late else 1.0, self._whole(self.model)
         return NetworkTimes(dense, {k: late * self._whole(v) / dense for k, v in networks.items()}, 0.01, "cpu", 30)
 
     def _whole(self, network: nn.Module) -> float:
@@ -115,13 +116,15 @@ def test_a_run_reports_a_latency_that_was_met(command, tmp_path) -> None:
 
 
 def test_a_latency_that_was_missed_ends_with_exit_code_1(command, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(Stopwatch, "late", 1.2)
+    monkeypatch.setattr(Stopwatch, "late", [1.2, 1.6])
     code, said, problem = command("prune", *MODEL, "--target", "latency=0.5", "--no-measure", "--out", "out")
 
     assert (1, True) == (code, ": missed by" in said), problem
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Latency: target MISSED" in page
     assert "above what was asked for" in page
+    targets = json.loads((tmp_path / "out" / "report.json").read_text())["targets"]
+    assert targets[0]["achieved"] == pytest.approx(1.2 * targets[0]["asked"], rel=0.03), "the better of two tries"
 
 
 def test_a_recipe_names_the_runtime_in_short_or_in_full(tmp_path) -> None:
