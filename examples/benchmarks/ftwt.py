@@ -151,13 +151,12 @@ PLANS: Mapping[str, Plan] = {
         (
             Cell("block16", 0.35, 0), Cell("l1", 0.35, 0), Cell("l1", 0.1, 0), Cell("dense", None, 0),
             Cell("block16", 0.35, 1), Cell("l1", 0.35, 1), Cell("l1", 0.1, 1), Cell("dense", None, 1),
-            Cell("block16", 0.2, 0), Cell("l1", 0.2, 0),
         ), limit=6_000, batch=64, level="macs", start_epochs=8, start_learning_rate=0.05,
         multiple=16, few_steps={"head_epochs": 3},
     ),
     "mobilenetv1": Plan(
         "mobilenet_v1", 3, (Cell("dense", None, 0), Cell("ftwt", 0.6, 0), Cell("l1", 0.6, 0)),
-        limit=6_000, batch=64, level="macs", start_epochs=8, start_learning_rate=0.05,
+        limit=3_000, batch=64, level="macs", start_epochs=8, start_learning_rate=0.05,
         multiple=4, few_steps={"head_epochs": 3},
     ),
     "resnet20-full": Plan("resnet20", 50, FULL),
