@@ -35,7 +35,9 @@ def sensitivity(
     recalibrate: Annotated[
         int, typer.Option(min=0, help="Training batches on which batch norms are measured anew after every cut.")
     ] = 0,
-    on: Annotated[str | None, typer.Option("--on", help="Also measure latency on this registered runtime.")] = None,
+    timed_on: Annotated[
+        str | None, typer.Option("--on", help="Also measure latency on this registered runtime.")
+    ] = None,
     max_ratio: o.MaxRatio = 0.9,
     min_channels: o.MinChannels = 1,
     multiple: o.Multiple = 1,
@@ -72,7 +74,7 @@ def sensitivity(
             typer.echo(f"{number} of {count}: {point.group} without {point.ratio:.0%}: {point.metric:.4f}", err=True)
 
     job = prepared.job
-    with latency_on(on, job.model, job.example) if on else nullcontext(None) as latency:
+    with latency_on(timed_on, job.model, job.example) if timed_on else nullcontext(None) as latency:
         found = measure_sensitivity(
             job.model,
             job.example,
