@@ -557,7 +557,13 @@ def latency(options: argparse.Namespace) -> dict:
     shown = shown[torch.randperm(len(shown), generator=generator)[:16]]
     report = measure_latency(entries, [[own[None].numpy()] for own in shown], rounds=options.rounds, threads=1)
     for measured in report.rows:
-        rows[measured.name] |= {"ratio": measured.ratio, "p50_ms": measured.p50_ms, "p95_ms": measured.p95_ms}
+        own = rows[measured.name]
+        own |= {
+            "file": Path(own["file"]).name,
+            "ratio": measured.ratio,
+            "p50_ms": measured.p50_ms,
+            "p95_ms": measured.p95_ms,
+        }
     told = report.to_dict()
     return {"plan": options.plan, "rows": list(rows.values()), "date": str(date.today()), "threads": 1,
             "environment": environment(), "report": {name: told[name] for name in told if name != "rows"}}  # fmt: skip
