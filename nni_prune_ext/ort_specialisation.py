@@ -195,7 +195,8 @@ def _started(portable: Path, model: onnx.ModelProto) -> Specialised:
     if result.block is None:
         return replace(result, reason="ONNX Runtime has no blocked layout on this machine")
     if _taken_shape(model)[0] != 1:
-        return replace(result, reason="it takes several images, and only a file of the flavour compact is specialised")
+        reason = "it takes several images, and only a file of the flavour compact is specialised"
+        return replace(result, reason=f"{reason} (`nni-prune-ext gates export --flavour compact`)")
     return result
 
 

@@ -199,8 +199,9 @@ class _Search:
         target, bound = missed[0]
         share = f" ({best[target.metric] / self.dense(target):.3f} of the dense model)" if self.dense(target) else ""
         unit = " ms" if target.metric == "latency" else ""
-        widest = sorted(self.groups, key=lambda g: self._most[g.name] - g.num_channels)[:3]
-        held = [f"'{g.name}' (keeps {g.num_channels - self._most[g.name]} of {g.num_channels})" for g in widest]
+        gone = self.removed_counts(len(self.order))
+        widest = sorted(self.groups, key=lambda g: gone[g.name] - g.num_channels)[:3]
+        held = [f"'{g.name}' (keeps {g.num_channels - gone[g.name]} of {g.num_channels})" for g in widest]
         fixed = [f"'{p.root}' ({p.reason})" for p in self.model.groups.protected[:3]]
         return (
             f"The target {target} cannot be met: at most {bound:,.4g}{unit} asked for, the limits allow no less than "
@@ -211,7 +212,7 @@ class _Search:
             f" Limits that bind: max_ratio={self.limits.max_ratio:g}, min_channels={self.limits.min_channels}, "
             f"multiple={self.limits.multiple}; widest groups at their limit: "
             f"{', '.join(held) or 'none'}; protected layers: "
-            f"{', '.join(fixed) or 'none'}. Raise max_ratio, exclude fewer layers, or ask for less."
+            f"{', '.join(fixed) or 'none'}. Raise max_ratio, lower multiple, exclude fewer layers, or ask for less."
         )
 
     def _bounds(self, group: ChannelGroup) -> tuple[int, int]:

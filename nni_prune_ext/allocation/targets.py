@@ -126,8 +126,13 @@ class Achieved:
 
     def __str__(self) -> str:
         """Says what was asked and achieved."""
-        unit = " ms" if self.target.metric == "latency" else ""
-        return f"{self.target}: asked {self.asked:,.6g}{unit}, achieved {self.achieved:,.6g}{unit}"
+        if self.target.metric != "latency":
+            return f"{self.target}: asked {self.asked:,.6g}, achieved {self.achieved:,.6g}"
+        share = self.achieved / self.dense if self.dense else math.nan
+        return (
+            f"{self.target}: asked {self.asked:,.4g} ms, achieved {self.achieved:,.4g} ms, {share:.3f} of the dense "
+            f"{self.dense:,.4g} ms: {'met' if self.met else 'MISSED'}, {LATENCY_TOLERANCE:.0%} count as noise"
+        )
 
     @property
     def met(self) -> bool:

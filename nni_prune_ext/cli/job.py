@@ -167,13 +167,21 @@ def read_limits(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: it cannot be read, or holds no limits.
     """
-    from nni_prune_ext.allocation import Limits  # imported here to keep --help instant
+    from pydantic import ValidationError  # imported here to keep --help instant
+
+    from nni_prune_ext.allocation import Limits
 
     try:
-        return Limits.model_validate_json(path.read_bytes()).model_dump()
-    except (OSError, ValueError) as error:  # a ValidationError is a ValueError
+        return Limits.model_validate_json(path.read_bytes()).model_dump(
+            exclude_unset=True
+        )  # what it does not say is open
+    except (OSError, ValueError) as error:
+        seen = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            seen = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
         raise ConfigError(
-            f"--limits: '{path}' holds no limits ({error}). Expected JSON such as "
+            f"--limits: '{path}' holds no limits ({seen}). Expected a file with JSON such as "
             '{"layers": {"layer3.0.conv1": {"multiple": 16}}}.'
         ) from error
 

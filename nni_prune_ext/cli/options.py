@@ -111,7 +111,10 @@ LatencyClock: TypeAlias = Annotated[
 Options: TypeAlias = Annotated[list[str], typer.Option("--option", help="KEY=VALUE for the method; repeatable.")]
 MaxRatio: TypeAlias = Annotated[float, typer.Option(help="Largest share of a group's channels that may go.")]
 MinChannels: TypeAlias = Annotated[int, typer.Option(help="Smallest number of channels of a group.")]
-Multiple: TypeAlias = Annotated[int, typer.Option(help="Keep widths at multiples of this.")]
+Multiple: TypeAlias = Annotated[
+    int,
+    typer.Option(help="Keep widths at multiples of this; with a latency target a probe decides unless it is given."),
+]
 Exclude: TypeAlias = Annotated[list[str], typer.Option(help="Name pattern of layers that stay whole; repeatable.")]
 LayerLimits: TypeAlias = Annotated[
     list[str], typer.Option("--layer", help="PATTERN=MIN:MAX pruning ratios; repeatable.")

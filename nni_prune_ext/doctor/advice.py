@@ -28,6 +28,8 @@ MAX_GROUPS = 32
 """Groups that are tried, those whose layers take longest first."""
 _AT_ONCE = 8
 """Networks that are timed in turns at a time; each is loaded."""
+SMALLEST_USEFUL = 4
+"""Multiples of channels below this keep no layout of ONNX Runtime."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,17 @@ def advise(
 def limits_for(chosen: Sequence[WidthGroup], groups: Sequence[WidthGroup], multiple: int) -> Limits:
     """Returns limits for the next plan: the multiple for the groups chosen; the others keep what they have by chance.
 
-    Without the second half the next plan, whose widths are all new, would lose the layout elsewhere.
+    Without the second half the next plan, whose widths are all new, would lose the layout elsewhere. Multiples below 4
+    are left out: they keep no layout.
     """
     multiples = {g.root: multiple if g in chosen else gcd(g.width, multiple) for g in groups}
     if set(multiples.values()) == {multiple}:
         return Limits(multiple=multiple)
     most = Limits().max_ratio
     return Limits(
-        layers={escape(root): LayerLimit(max_ratio=most, multiple=own) for root, own in multiples.items() if own > 1}
+        layers={
+            escape(root): LayerLimit(max_ratio=most, multiple=own)
+            for root, own in multiples.items()
+            if own >= SMALLEST_USEFUL
+        }
     )

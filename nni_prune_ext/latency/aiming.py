@@ -115,6 +115,7 @@ class LatencyAim:
     _by_magnitude: list[Try] = field(default_factory=list)
     _settled: bool = False
     _restored: bool = False
+    _probe_decides: bool = True
 
     @property
     def target(self) -> Target:
@@ -144,7 +145,8 @@ class LatencyAim:
             self._restore(before.values)
             return
         self.alignment = probe_alignment(self.stopwatch)
-        if "multiple" not in self.limits.model_fields_set:
+        self._probe_decides = "multiple" not in self.limits.model_fields_set
+        if self._probe_decides:
             self.limits = self.limits.model_copy(update={"multiple": self.alignment.multiple})
             self.tell(str(self.alignment))
         self.tell(f"measuring layers: {self.stopwatch.conditions}")
@@ -196,7 +198,7 @@ class LatencyAim:
             multiple=self.limits.multiple,
             layers_measured=self.stopwatch.measured,
             layers_known=self.stopwatch.from_cache,
-            probe=self.alignment.penalties,
+            probe=self.alignment.penalties if self._probe_decides else {},
             remark=self._remark(achieved / asked - 1, trained=trained),
             environment=environment(),
         )
@@ -248,11 +250,13 @@ class LatencyAim:
 
     def _reached(self) -> str:
         """Says what the networks took that were measured so far."""
-        return "; ".join(f"{one.network}: {one.measured_ms:.4g} of {one.dense_ms:.4g} ms" for one in self.networks)
+        known = [f"{one.network}: {one.measured_ms:.4g} of {one.dense_ms:.4g} ms" for one in self.networks]
+        return "; ".join(known) or "no channel can go, so no other network was measured"
 
     def _restore(self, values: Mapping[str, Json]) -> None:
         self._predict_with(LatencyPredictor.model_validate(values["predictor"]))
         self.networks = [MeasuredNetwork(**one) for one in cast("list[dict[str, Any]]", values["networks"])]
+        self._probe_decides = "multiple" not in self.limits.model_fields_set
         self.limits = self.limits.model_copy(update={"multiple": values["multiple"]})
         penalties = cast("dict[str, float]", values["probe"])
         self.alignment = Alignment(cast("int", values["liked"]), {int(o): penalty for o, penalty in penalties.items()})
@@ -277,7 +281,7 @@ class LatencyAim:
         macs = {_HALFWAY: (dense + lowest) / 2, _LOWEST: lowest}
         plans = {name: self._plan(scores, [Target("macs", max(value, 2.0))]) for name, value in macs.items()}
         networks = {name: self._cut(plan) for name, plan in plans.items() if plan.num_removed}
-        self.tell("measuring whole networks: dense, " + ", ".join(networks))
+        self.tell("measuring whole networks: " + ", ".join(["dense", *networks]))
         times = self.stopwatch.networks(networks)
         for name in networks:
             measured = times.shares[name] * times.dense_ms

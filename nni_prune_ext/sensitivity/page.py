@@ -36,7 +36,7 @@ def write_sensitivity(folder: Path, found: Sensitivity, *, max_drop: float) -> N
         OutputError: a file cannot be written.
     """
     limits, config = found.limits(max_drop), found.nni_config(max_drop)
-    write_text(folder / LIMITS, limits.model_dump_json(indent=1) + "\n")
+    write_text(folder / LIMITS, limits.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     write_text(folder / NNI_CONFIG, json.dumps(config, indent=1) + "\n")
     subtitle = " · ".join([found.method, f"{len(found.channels)} groups", *([found.data] if found.data else [])])
     sections = [_changes(found), _limits(found, max_drop)]

@@ -138,6 +138,13 @@ def test_a_file_of_limits_is_read_and_options_win_over_it(tmp_path):
     assert 0.1 == limits.layers["conv1"].max_ratio
 
 
+def test_what_a_file_of_limits_does_not_say_stays_open(tmp_path):
+    file = tmp_path / "advice.json"
+    file.write_text('{"layers": {"layer1.0.conv1": {"max_ratio": 0.5}}}')
+
+    assert {"layers"} == read("--limits", str(file)).limits.model_fields_set
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"multiples": 4}', '{"layers": {"conv1": {"multiple": 0}}}'])
 def test_a_file_without_limits_is_refused(tmp_path, text):
     file = tmp_path / "advice.json"

@@ -366,6 +366,13 @@ def test_a_target_out_of_reach_names_what_is_reachable_and_the_layers_that_bind(
     assert "'linear' (reaches the model's output)" in text
 
 
+def test_a_multiple_that_keeps_a_group_whole_is_said_to_do_so() -> None:
+    _, costs = built("resnet20")
+
+    with pytest.raises(TargetError, match=r"'layer3.0.conv1' \(keeps 64 of 64\).*lower multiple"):
+        allocate(random_scores(costs), costs, targets=[Target("macs", 0.5)], limits=Limits(multiple=64))
+
+
 def test_feasibility_is_checked_without_scores() -> None:
     _, costs = built("resnet20")
 

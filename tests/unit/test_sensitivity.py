@@ -271,6 +271,7 @@ def test_files_say_what_was_measured(tmp_path: Path) -> None:
     found = of((0.25, 0.01), (0.5, 0.03))
     write_sensitivity(tmp_path, found, max_drop=0.02)
     assert Limits.model_validate_json((tmp_path / "limits.json").read_text()) == found.limits(0.02)
+    assert json.loads((tmp_path / "limits.json").read_text()).keys() == {"layers"}  # all else stays open
     config = json.loads((tmp_path / "nni_config.json").read_text())
     assert config == [{"op_names": ["a", "b"], "sparse_ratio": 0.375, "dependency_group_id": "group_0"}]
     page = (tmp_path / "sensitivity.html").read_text()

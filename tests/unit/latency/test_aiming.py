@@ -74,7 +74,7 @@ def test_widths_keep_to_the_multiple_of_the_probe(pruned, network, monkeypatch, 
 
     assert {0} == {module.out_channels % 16 for module in result.model.modules() if isinstance(module, nn.Conv2d)}
     assert 16 == result.latency.multiple
-    assert any("multiples of 16" in sentence for sentence in result.latency.sentences())
+    assert any("multiples of 16, as the probe" in sentence for sentence in result.latency.sentences())
 
 
 def test_a_multiple_of_the_user_wins(pruned, monkeypatch, fake) -> None:
@@ -83,6 +83,7 @@ def test_a_multiple_of_the_user_wins(pruned, monkeypatch, fake) -> None:
 
     widths = {module.out_channels % 16 for module in result.model.modules() if isinstance(module, nn.Conv2d)}
     assert widths != {0}
+    assert not any("probe" in sentence for sentence in result.latency.sentences())
     assert 2 == result.latency.multiple
 
 
