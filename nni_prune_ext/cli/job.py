@@ -172,9 +172,8 @@ def read_limits(path: Path) -> dict[str, object]:
     from nni_prune_ext.allocation import Limits
 
     try:
-        return Limits.model_validate_json(path.read_bytes()).model_dump(
-            exclude_unset=True
-        )  # what it does not say is open
+        found = Limits.model_validate_json(path.read_bytes())
+        return found.model_dump(exclude_unset=True)  # what it does not say stays open
     except (OSError, ValueError) as error:
         seen = str(error)
         if isinstance(error, ValidationError):

@@ -632,3 +632,10 @@ def test_the_sparsity_that_was_reached_is_the_share_of_zeros_in_the_masks() -> N
 
     assert (0.7, 0.75, True) == (found.asked, found.achieved, found.met)
     assert (0.0, False) == (without.achieved, without.met)
+
+
+def test_a_latency_is_said_with_its_share_and_whether_it_was_met() -> None:
+    target = Target.parse("latency=0.5")
+
+    assert "asked 1 ms, achieved 1.02 ms, 0.510 of the dense 2 ms: met" in str(Achieved(target, 2.0, 1.0, 1.02))
+    assert "achieved 1.04 ms, 0.520 of the dense 2 ms: MISSED" in str(Achieved(target, 2.0, 1.0, 1.04))

@@ -11,9 +11,10 @@ import pytest
 from made_networks import chain, conv, profile
 
 from nni_prune_ext.allocation import LayerLimit, Limits
-from nni_prune_ext.doctor.advice import Advice, Trials, advise
+from nni_prune_ext.doctor.advice import Advice, Trials, advise, limits_for
 from nni_prune_ext.doctor.layer_times import ProfiledNetwork, Time, layer_rows
 from nni_prune_ext.doctor.network import Network
+from nni_prune_ext.doctor.widths import WidthGroup
 from nni_prune_ext.runtimes.onnxruntime_cpu import OnnxRuntimeCpu
 from nni_prune_ext.runtimes.onnxruntime_profile import read_profile
 
@@ -63,6 +64,14 @@ def test_the_width_that_costs_most_comes_first_and_what_gains_nothing_is_left_ou
     assert ("conv1", "conv2") == found[0].layers
     limit = LayerLimit(max_ratio=0.9, multiple=16)
     assert Limits(layers={"conv0": limit, "conv1": limit, "conv2": limit.model_copy(update={"multiple": 4})}) == limits
+
+
+def test_a_multiple_by_chance_that_keeps_no_layout_is_left_out() -> None:
+    odd, two, four = (WidthGroup(name, (name,), width) for name, width in (("a", 17), ("b", 34), ("c", 20)))
+
+    layers = limits_for((odd,), (odd, two, four), 16).layers
+
+    assert {"a": 16, "c": 4} == {name: limit.multiple for name, limit in layers.items()}
 
 
 def test_what_adds_less_than_the_error_bar_is_left_out(tmp_path: Path) -> None:

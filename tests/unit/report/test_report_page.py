@@ -243,6 +243,14 @@ def test_what_was_not_cut_needs_no_certificate():
     assert "Not measured" not in text
 
 
+def test_gates_on_what_was_not_cut_need_no_certificate_either():
+    content = sample() | {"certificate": None}
+    content["rows"][2] |= {"macs": 125_485_696, "params": 853_018, "certificate": None, "top1_removed": None}
+    content["rows"].append({**content["rows"][0], "name": "mask", "kind": "gated", "params": 900_000})
+
+    assert "Certificate: nothing was cut, so there was nothing to certify." in parsed(content).text
+
+
 def test_an_empty_cut_beside_real_ones_is_named():
     content = sample() | {"certificate": None}
     content["rows"].append({**content["rows"][0], "name": "empty", "kind": "pruned"})
