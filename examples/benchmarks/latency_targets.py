@@ -1,9 +1,10 @@
 """Latency targets: asked against achieved, and how MACs and latency go together without one.
 
 Torchvision networks with random weights (widths decide the latency, weights do not), L1, ONNX Runtime on one CPU
-thread, median of thread CPU time. Each cell is one line of JSON; what OUT holds already is not measured again:
+thread, median of thread CPU time. Each run is one line of JSON; what OUT holds already is not measured again. Runs of
+one cell differ by the random weights, hence by what is cut; the layer times that earlier runs measured are used again:
 
-    python examples/benchmarks/latency_targets.py OUT.jsonl [--network mobilenet_v2] [--repeats 3]
+    python examples/benchmarks/latency_targets.py OUT.jsonl [--network mobilenet_v2] [--target latency=0.5] [--runs 10]
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -32,13 +34,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--network", action="append", choices=NETWORKS)
     parser.add_argument("--target", action="append")
-    parser.add_argument("--repeats", type=int, default=3, help="sessions of each network in the last measurement")
+    parser.add_argument("--runs", type=int, default=1, help="runs of each cell, each with other weights")
+    parser.add_argument("--repeats", type=int, default=5, help="sessions of each network in the last measurement")
     given = parser.parse_args()
-    done = {(row["network"], row["target"]) for row in rows(given.out)}
-    for name in given.network or NETWORKS:
-        for target in given.target or TARGETS:
-            if (name, target) not in done:
-                row = cell(name, target, given.repeats)
+    done = {(row["network"], row["target"], row["run"]) for row in rows(given.out)}
+    for name, target in product(given.network or NETWORKS, given.target or TARGETS):
+        for run in range(given.runs):
+            if (name, target, run) not in done:
+                row = cell(name, target, run, given.repeats)
                 with given.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps({key: row[key] for key in row if key not in ("environment", "evidence")}), flush=True)
@@ -49,8 +52,8 @@ def rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def cell(name: str, target: str, repeats: int) -> dict[str, object]:
-    torch.manual_seed(0)
+def cell(name: str, target: str, run: int, repeats: int) -> dict[str, object]:
+    torch.manual_seed(run)
     model = getattr(torchvision.models, name)(weights=None).eval()
     images = torch.randn(1, 3, 224, 224)
     began = time.perf_counter()
@@ -61,6 +64,7 @@ def cell(name: str, target: str, repeats: int) -> dict[str, object]:
     return {
         "network": name,
         "target": target,
+        "run": run,
         "macs_ratio": result.costs.macs / result.dense.macs,
         "latency_ratio": median(report.rows[1].ratio for report in reports),
         "dense_ms": median(report.rows[0].p50_ms for report in reports),
