@@ -426,7 +426,7 @@ def _plan(model: nn.Module, groups: ChannelGroups, dense: Costs, row: _Row) -> P
     from nni_prune_ext.scoring.group_reduction import group_importance
     from nni_prune_ext.scoring.weight_norms import l1_norm
 
-    cost_model, limits = CostModel.of(model, groups, dense), Limits(max_ratio=0.9)
+    cost_model, limits = CostModel.of(model, groups, dense), Limits(max_ratio=0.9, multiple=1)
     lowest = check_feasible(cost_model, [], limits)["macs"]
     bound = max(TARGET * dense.macs, lowest)
     row.note(target_macs=bound / dense.macs)

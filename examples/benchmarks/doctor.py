@@ -46,7 +46,7 @@ def main() -> None:
             networks[name] = {"macs": result.costs.macs}
             print(f"{name}: {result.costs.macs:,} MACs")
 
-        cut("as the scores ask", npe.Limits())
+        cut("as the scores ask", npe.Limits(multiple=1))
         found = npe.diagnose(
             files["dense"], files["as the scores ask"], inputs, rounds=options.rounds, min_seconds=options.seconds
         )

@@ -275,6 +275,7 @@ class Bench:
         method = Observed(checked)
         result = npe.prune(
             dense, self.example, method=replace(FTWT, build=lambda _: method), target="macs=1.0", options=options,
+            limits=npe.Limits(multiple=1),
             train_batches=train, settings=self.settings, seed=cell.seed, checkpoints=checkpoints,
             watcher=Told(cell.key),
         )  # fmt: skip

@@ -177,6 +177,7 @@ class Bench:
         result = npe.prune(
             dense, example, method=method, target=cell.target, options=chosen, train_batches=train,
             settings=settings, checkpoints=folder, seed=cell.seed, watcher=Told(cell.key),
+            limits=npe.Limits(multiple=1),
         )  # fmt: skip
         after_cut = self._tested(result.model, train)
         last = self._fit(result.model, train, after, cell, folder and folder.stage("last")) if after else []

@@ -295,13 +295,14 @@ class Bench:
             return self._by_torch_pruning(cell)
         if cell.arm not in ROUNDS:
             return npe.prune(self.dense, self.example, method=cell.arm, target=cell.target, seed=cell.seed,
-                             train_batches=self.train(cell.seed))  # fmt: skip
+                             train_batches=self.train(cell.seed), limits=npe.Limits(multiple=1))  # fmt: skip
         chosen = {**self.plan.options, **ROUNDS[cell.arm]}
         if chosen["reconstruction_weight"]:
             chosen["decoder_from"] = str(self.decoder())
         result = npe.prune(
             self.dense, self.example, method="reconstruction", target=cell.target, options=chosen, seed=cell.seed,
             train_batches=self.train(cell.seed), settings=self.settings, watcher=Told(cell.key),
+            limits=npe.Limits(multiple=1),
         )  # fmt: skip
         return result
 

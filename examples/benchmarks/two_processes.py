@@ -57,6 +57,7 @@ def work(options: argparse.Namespace) -> None:
     result = npe.prune(
         model, torch.zeros(1, *source.input_shape), method="l1", target="macs=0.5", train_batches=batches,
         options={"steps": 2, "epochs_per_step": 1}, recover_epochs=1, settings=settings,
+        limits=npe.Limits(multiple=1),
     )  # fmt: skip
     recalibrate_batchnorm(result.model, batches)
     if is_main():

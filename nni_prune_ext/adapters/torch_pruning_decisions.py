@@ -225,11 +225,12 @@ def _as_host_counts(groups: ChannelGroups, ratio: float, scope: Scope) -> tuple[
     """Returns what makes a plan remove as many channels as torch-pruning: of every group, or of all together."""
     total = groups.num_channels
     if scope == "global":
-        return Target("ratio", min(_host_count(total, ratio), total - len(groups)) / total), Limits(max_ratio=1.0)
+        asked = min(_host_count(total, ratio), total - len(groups))
+        return Target("ratio", asked / total), Limits(max_ratio=1.0, multiple=1)
     counts = {g.name: min(_host_count(g.num_channels, ratio), g.num_channels - 1) for g in groups}
     shares = {g.name: counts[g.name] / g.num_channels for g in groups}
     layers = {name: LayerLimit(min_ratio=share, max_ratio=share) for name, share in shares.items()}
-    return Target("ratio", sum(counts.values()) / total), Limits(max_ratio=1.0, layers=layers)
+    return Target("ratio", sum(counts.values()) / total), Limits(max_ratio=1.0, multiple=1, layers=layers)
 
 
 def _host_count(channels: int, ratio: float) -> int:

@@ -12,7 +12,16 @@ from nni_prune_ext.allocation.goals import (
     sparsity_of,
 )
 from nni_prune_ext.allocation.search import Allocation, allocate, check_feasible
-from nni_prune_ext.allocation.targets import LATENCY_TOLERANCE, Achieved, LayerLimit, Limits, Metric, Scope, Target
+from nni_prune_ext.allocation.targets import (
+    LATENCY_TOLERANCE,
+    Achieved,
+    LayerLimit,
+    Limits,
+    Metric,
+    Scope,
+    Target,
+    usual_multiple,
+)
 from nni_prune_ext.allocation.weight_counts import masked_counts
 
 __all__ = [
@@ -36,4 +45,5 @@ __all__ = [
     "masked_counts",
     "parse_targets",
     "sparsity_of",
+    "usual_multiple",
 ]

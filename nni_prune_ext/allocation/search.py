@@ -2,7 +2,8 @@
 
 Channels go in one order (by score, or by rank within their group) until every target is met. The cost of each prefix of
 this order follows in closed form from the shapes it would leave, so the target is met to within one channel and no
-model is run. Rounding to multiples is part of the search and only ever keeps more.
+model is run. Rounding to multiples is part of the search and only ever keeps more. Multiples that nobody asked for give
+way: one by one, where they alone keep a target from being met closely.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nni_prune_ext.allocation.cost_model import CostModel, Reference
-from nni_prune_ext.allocation.targets import Achieved, Limits, Scope, Target
+from nni_prune_ext.allocation.targets import Achieved, Limits, Scope, Target, usual_multiple
 from nni_prune_ext.errors import ConfigError, PluginError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroup
 from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.plan import PruningPlan, plan_from_channels
+
+CLOSE = 0.02
+"""How far a plan may go beyond every target for the sake of multiples that nobody asked for, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,13 @@ def allocate(
         scores, cost_model, limits or Limits(), scope, ratios, reference or Reference.of(cost_model), fraction
     )
     bounds = [(t, _scaled_bound(t, search.dense(t), fraction)) for t in targets]
-    low, high = search.forced, len(search.order)
-    if not _met(search.values(high), bounds):
-        raise TargetError(search.explain(targets, bounds))
-    while low < high:
-        middle = (low + high) // 2
-        if _met(search.values(middle), bounds):
-            high = middle
-        else:
-            low = middle + 1
+    while not _met(search.values(len(search.order)), bounds):
+        if not search.refine(search.groups):
+            raise TargetError(search.explain(targets, bounds))
+    goals = [(t, _scaled_bound(t, search.dense(t), 1.0)) for t in targets]
+    low = search.shortest(bounds)
+    while low and _far_beyond(search.values(low), goals) and search.refine([search.groups[search.order[low - 1]]]):
+        low = search.shortest(bounds)
     values = search.values(low)
     achieved = tuple(Achieved(t, search.dense(t), bound, values[t.metric]) for t, bound in bounds)
     counts = search.removed_counts(low)
@@ -121,6 +123,8 @@ def check_feasible(cost_model: CostModel, targets: Sequence[Target], limits: Lim
     search = _Search(flat, cost_model, limits or Limits(), "local", None, Reference.of(cost_model), 1.0)
     if targets:
         allocate(flat, cost_model, targets=targets, limits=limits, scope="local")
+    while search.refine(search.groups):
+        pass
     return search.values(len(search.order))
 
 
@@ -143,7 +147,7 @@ class _Search:
         self._scores = {g.name: _with_survivors(g, _checked_scores(g, scores)) for g in self.groups}
         self._shares = _checked_ratios(self.groups, ratios) if ratios is not None or scope == "local" else None
         self.ranked = {name: np.argsort(values, kind="stable") for name, values in self._scores.items()}
-        self._step = {g.name: _step_of(g, limits.multiple_of(g)) for g in self.groups}
+        self._step = {g.name: self._first_step(g) for g in self.groups}
         self._cumulated = {
             g.name: [self._positions(g, m.channel, (m.tensor, m.dim)) for m in g.members] for g in self.groups
         }
@@ -168,6 +172,23 @@ class _Search:
     def dense(self, target: Target) -> float:
         """Returns the dense model's value of a target's metric."""
         return 0.0 if target.metric == "ratio" else self.reference.costs[target.metric]
+
+    def shortest(self, bounds: Sequence[tuple[Target, float]]) -> int:
+        """Returns the smallest number of removals that meets all bounds, which all removals together meet."""
+        low, high = self.forced, len(self.order)
+        while low < high:
+            middle = (low + high) // 2
+            if _met(self.values(middle), bounds):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def refine(self, groups: Sequence[ChannelGroup]) -> bool:
+        """Halves the steps of groups whose multiple nobody asked for; says whether there was one to halve."""
+        free = [g.name for g in groups if self.limits.multiple_of(g) is None and self._step[g.name] > 1]
+        self._step |= {name: self._step[name] // 2 for name in free}
+        return bool(free)
 
     def removed_counts(self, prefix: int) -> dict[str, int]:
         """Returns group → number of channels removed by the first ``prefix`` removals, rounded to multiples."""
@@ -210,10 +231,20 @@ class _Search:
             else f"The target {target} cannot be met: the limits allow a ratio of at most {best['ratio']:.3f}."
         ) + (
             f" Limits that bind: max_ratio={self.limits.max_ratio:g}, min_channels={self.limits.min_channels}, "
-            f"multiple={self.limits.multiple}; widest groups at their limit: "
+            f"multiple={self.limits.multiple or 'by width'}; widest groups at their limit: "
             f"{', '.join(held) or 'none'}; protected layers: "
             f"{', '.join(fixed) or 'none'}. Raise max_ratio, lower multiple, exclude fewer layers, or ask for less."
         )
+
+    def _first_step(self, group: ChannelGroup) -> int:
+        """Returns the step in channels of the group that moves its root's width by a multiple."""
+        root = next(m for m in group.by_role(Role.WRITER))
+        per_channel = max(int(np.bincount(root.channel, minlength=group.num_channels).max()), 1)
+        multiple = self.limits.multiple_of(group)
+        if multiple is None:
+            exact = self._shares is not None or self.limits.of_group(group).min_ratio > 0  # ratios are obeyed
+            multiple = 1 if exact else usual_multiple(self.width(group.name) * per_channel)
+        return multiple // math.gcd(multiple, per_channel)
 
     def _bounds(self, group: ChannelGroup) -> tuple[int, int]:
         """Returns the smallest and the largest number of channels that may go."""
@@ -288,16 +319,17 @@ def _checked_ratios(groups: Sequence[ChannelGroup], ratios: Mapping[str, float] 
     return result
 
 
-def _step_of(group: ChannelGroup, multiple: int) -> int:
-    """Returns the step in channels of the group that moves its root's width by a multiple."""
-    root = next(m for m in group.by_role(Role.WRITER))
-    per_channel = np.bincount(root.channel, minlength=group.num_channels)
-    return multiple // math.gcd(multiple, max(int(per_channel.max()), 1))
-
-
 def _met(values: Mapping[str, float], bounds: Sequence[tuple[Target, float]]) -> bool:
     return all(
         values[t.metric] >= b - 1e-12 if t.metric == "ratio" else values[t.metric] <= b + 1e-9 for t, b in bounds
+    )
+
+
+def _far_beyond(values: Mapping[str, float], goals: Sequence[tuple[Target, float]]) -> bool:
+    """Says whether more goes than any target asks for, by more than the tolerance."""
+    return all(
+        values[t.metric] > goal * (1 + CLOSE) if t.metric == "ratio" else values[t.metric] < goal * (1 - CLOSE)
+        for t, goal in goals
     )
 
 

@@ -173,7 +173,9 @@ class Limits(BaseModel):
         max_ratio: largest share of a group's channels that may go.
         min_channels: smallest number of channels that stay in a group.
         multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more
-            channels. With a latency target ``prune`` takes what a probe of the runtime finds, unless it is given.
+            channels. ``None`` takes what runtimes like, by width (``usual_multiple``), but less where a target could
+            not be met closely, and 1 where ratios say what goes: the scope ``local``, a ratio policy, a layer's
+            ``min_ratio``. With a latency target ``prune`` takes what a probe of the runtime finds.
         exclude: name patterns (``fnmatch``) of layers whose groups stay whole.
         layers: name pattern → limits of its own; the first match counts.
     """
@@ -182,7 +184,7 @@ class Limits(BaseModel):
 
     max_ratio: float = Field(default=0.9, gt=0, le=1)
     min_channels: int = Field(default=1, ge=1)
-    multiple: int = Field(default=1, ge=1)
+    multiple: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
     layers: dict[str, LayerLimit] = {}
 
@@ -196,8 +198,8 @@ class Limits(BaseModel):
             return LayerLimit(min_ratio=0.0, max_ratio=0.0)
         return self._own(group) or LayerLimit(min_ratio=0.0, max_ratio=self.max_ratio)
 
-    def multiple_of(self, group: ChannelGroup) -> int:
-        """Returns what the width of a group's root stays a multiple of, where the group is pruned at all."""
+    def multiple_of(self, group: ChannelGroup) -> int | None:
+        """Returns what the width of a group's root stays a multiple of, if the user said so."""
         own = self._own(group)
         return self.multiple if own is None or own.multiple is None else own.multiple
 
@@ -219,6 +221,16 @@ class Limits(BaseModel):
 
     def _own(self, group: ChannelGroup) -> LayerLimit | None:
         return next((limit for pattern, limit in self.layers.items() if _matches(group, pattern)), None)
+
+
+def usual_multiple(width: int) -> int:
+    """Returns what a width stays a multiple of unless the user says otherwise: 16, 8 or 4, a quarter of it at most.
+
+    Runtimes compute blocks of channels: ONNX Runtime's CPU provider 16 (8 without AVX-512), tensor cores 8. A width
+    between two multiples costs as much as the next one or, without a multiple of 4, up to twice that. Measured in
+    docs/explanation/measuring.md. Narrow layers (below 16) keep the freedom of single channels.
+    """
+    return next((multiple for multiple in (16, 8, 4) if width >= 4 * multiple), 1)
 
 
 def _number(digits: str, text: str) -> float:

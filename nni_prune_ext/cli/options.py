@@ -112,8 +112,10 @@ Options: TypeAlias = Annotated[list[str], typer.Option("--option", help="KEY=VAL
 MaxRatio: TypeAlias = Annotated[float, typer.Option(help="Largest share of a group's channels that may go.")]
 MinChannels: TypeAlias = Annotated[int, typer.Option(help="Smallest number of channels of a group.")]
 Multiple: TypeAlias = Annotated[
-    int,
-    typer.Option(help="Keep widths at multiples of this; with a latency target a probe decides unless it is given."),
+    int | None,
+    typer.Option(
+        help="Keep widths at multiples of this. Left out: by width, 16, 8 or 4; with a latency target a probe decides."
+    ),
 ]
 Exclude: TypeAlias = Annotated[list[str], typer.Option(help="Name pattern of layers that stay whole; repeatable.")]
 LayerLimits: TypeAlias = Annotated[

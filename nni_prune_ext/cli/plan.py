@@ -38,7 +38,7 @@ def plan(
     clock: o.LatencyClock = "auto",
     max_ratio: o.MaxRatio = 0.9,
     min_channels: o.MinChannels = 1,
-    multiple: o.Multiple = 1,
+    multiple: o.Multiple = None,
     exclude: o.Exclude = [],  # noqa: B006
     layer: o.LayerLimits = [],  # noqa: B006
     limits: o.LimitsFile = None,

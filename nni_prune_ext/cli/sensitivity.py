@@ -40,7 +40,7 @@ def sensitivity(
     ] = None,
     max_ratio: o.MaxRatio = 0.9,
     min_channels: o.MinChannels = 1,
-    multiple: o.Multiple = 1,
+    multiple: o.Multiple = None,
     exclude: o.Exclude = [],  # noqa: B006
     batch_size: o.BatchSize = 128,
     settings: o.Settings = [],  # noqa: B006

@@ -145,7 +145,7 @@ class LatencyAim:
             self._restore(before.values)
             return
         self.alignment = probe_alignment(self.stopwatch)
-        self._probe_decides = "multiple" not in self.limits.model_fields_set
+        self._probe_decides = self.limits.multiple is None
         if self._probe_decides:
             self.limits = self.limits.model_copy(update={"multiple": self.alignment.multiple})
             self.tell(str(self.alignment))
@@ -195,7 +195,7 @@ class LatencyAim:
             clock=times.clock,
             rounds=times.rounds,
             networks=tuple(self.networks),
-            multiple=self.limits.multiple,
+            multiple=self.limits.multiple or self.alignment.multiple,
             layers_measured=self.stopwatch.measured,
             layers_known=self.stopwatch.from_cache,
             probe=self.alignment.penalties if self._probe_decides else {},
@@ -256,7 +256,7 @@ class LatencyAim:
     def _restore(self, values: Mapping[str, Json]) -> None:
         self._predict_with(LatencyPredictor.model_validate(values["predictor"]))
         self.networks = [MeasuredNetwork(**one) for one in cast("list[dict[str, Any]]", values["networks"])]
-        self._probe_decides = "multiple" not in self.limits.model_fields_set
+        self._probe_decides = self.limits.multiple is None
         self.limits = self.limits.model_copy(update={"multiple": values["multiple"]})
         penalties = cast("dict[str, float]", values["probe"])
         self.alignment = Alignment(cast("int", values["liked"]), {int(o): penalty for o, penalty in penalties.items()})

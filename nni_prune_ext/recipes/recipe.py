@@ -196,8 +196,6 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Returns the recipe as YAML, with every default written out; keys without a value are left out."""
         values = self.model_dump(mode="json", exclude_none=True)
-        if self.aims_at_latency and "multiple" not in self.limits.model_fields_set:
-            del values["limits"]["multiple"]  # a probe of the runtime decides, there and then
         if self.measure is None:  # left out, it would be measured as usual
             values = {key: values.get(key, False) for key in type(self).model_fields if key in {*values, "measure"}}
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)

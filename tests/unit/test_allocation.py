@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from nni_prune_ext.allocation import (
     masked_counts,
     parse_targets,
     sparsity_of,
+    usual_multiple,
 )
 from nni_prune_ext.certificate import verify_groups
 from nni_prune_ext.costs import count_costs
@@ -106,7 +107,7 @@ def test_the_target_is_met_and_one_channel_less_would_miss_it(name: str, target:
     _, costs = built(name)
     goal = Target.parse(target)
 
-    allocation = allocate(random_scores(costs), costs, targets=[goal])
+    allocation = allocate(random_scores(costs), costs, targets=[goal], limits=Limits(multiple=1))
 
     (reached,) = allocation.achieved
     dense = allocate(random_scores(costs), costs, targets=[])
@@ -235,6 +236,68 @@ def test_widths_stay_multiples_and_rounding_never_removes_more_than_the_limits_a
         kept = allocation.kept[group.name]
         assert kept == group.num_channels or kept % multiple == 0
         assert kept >= max(3, math.ceil(group.num_channels * 0.3 - 1e-9))
+
+
+@pytest.mark.parametrize("target", ["macs=0.7", "macs=0.5", "params=0.3", "memory=0.6", "ratio=0.4"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_without_a_multiple_widths_are_those_that_runtimes_like_and_the_target_is_met_closely(
+    name: str, target: str
+) -> None:
+    _, costs = built(name)
+
+    allocation = allocate(random_scores(costs), costs, targets=[Target.parse(target)])
+
+    (reached,) = allocation.achieved
+    assert reached.met
+    assert abs(reached.achieved / reached.asked - 1) <= 0.02
+    cut = [group for group in costs.groups if allocation.kept[group.name] < group.num_channels]
+    finer = [group.name for group in cut if allocation.kept[group.name] % usual_multiple(group.num_channels)]
+    assert len(finer) <= 3 < len(cut)  # only those that alone kept the target from being met closely
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple"), [(1, 1), (15, 1), (16, 4), (24, 4), (32, 8), (63, 8), (64, 16), (96, 16)]
+)
+def test_the_usual_multiple_is_a_quarter_of_the_width_at_most(width: int, multiple: int) -> None:
+    assert usual_multiple(width) == multiple
+
+
+def test_the_usual_multiple_of_a_group_stays_that_of_the_dense_network_when_it_shrinks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 10, 1))
+    x = torch.zeros(1, 3, 2, 2)
+    dense, goal = cost_model(model, x), Target("macs", 0.4312)
+    first = allocate(ascending(dense), dense, targets=[goal], fraction=0.7)
+    assert {"0": 48, "2": 48} == kept_channels(first)
+    half = cost_model(cut_channels(model, first.plan, x, groups=dense.groups).model, x)
+
+    last = allocate(ascending(half), half, targets=[goal], reference=Reference.of(dense))
+
+    assert {"0": 32, "2": 48} == kept_channels(last)  # in steps of 8, those of 48 channels, it would be 40 and 40
+
+
+def test_a_multiple_that_nobody_asked_for_gives_way_where_the_limits_leave_no_other_width() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+    limits = Limits(max_ratio=0.2)  # 13 channels stay
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("macs", 0.82)], limits=limits)
+
+    assert {"0": 13} == kept_channels(allocation)
+    with pytest.raises(TargetError, match="multiple=4"):
+        allocate(ascending(costs), costs, targets=[Target("macs", 0.82)], limits=Limits(max_ratio=0.2, multiple=4))
+    assert check_feasible(costs, [], limits)["macs"] == 13 / 16 * costs.costs.macs
+
+
+@pytest.mark.parametrize("chosen", [{"scope": "local"}, {"ratios": {"0": 1.0, "2": 1.0}}])
+def test_ratios_that_somebody_chose_are_obeyed_to_the_channel(chosen: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("ratio", 0.2)], **chosen)
+
+    assert {"0": 51, "2": 51} == kept_channels(allocation)
+    forced = Limits(layers={"0": LayerLimit(min_ratio=0.3)})
+    assert allocate(ascending(costs), costs, targets=[], limits=forced).kept["0"] == 64 - 19
 
 
 def test_a_pruned_width_that_is_no_multiple_is_rounded_up_and_an_unpruned_one_stays() -> None:
