@@ -83,18 +83,29 @@ def cifar(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 def mobilenet(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Dense MobileNetV2 in float32, int8 and fp16; every tenth image calibrates, the others are tested."""
-    classes = sorted(path for path in Path(options.data).iterdir() if path.is_dir())
+    images = one_image_per_class(Path(options.data))
+    labels = torch.arange(len(images))
+    chosen = labels % (len(images) // options.calibration) == 0
+    model = padded_mobilenet(Path(options.weights))
+    test = list(zip(images[~chosen].split(50), labels[~chosen].split(50), strict=True))
+    return _rows({"dense": model}, images[chosen], test, folder)
+
+
+def one_image_per_class(folder: Path) -> Tensor:
+    """Returns ``(classes, 3, 224, 224)``, from -1 to 1: the middle of the first image of each class."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
     pixels = [np.asarray(Image.open(next(own.iterdir())).convert("RGB"))[16:240, 16:240] for own in classes]
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    labels = torch.arange(len(classes))
-    chosen = labels % (len(classes) // options.calibration) == 0
-    model = npe.build_model("torchvision:mobilenet_v2", weights=Path(options.weights)).eval()
-    for layer in model.modules():  # these weights were trained with padding at the bottom and right only
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def padded_mobilenet(weights: Path) -> nn.Module:
+    """Returns MobileNetV2 for weights that were trained with padding at the bottom and right only."""
+    model = npe.build_model("torchvision:mobilenet_v2", weights=weights).eval()
+    for layer in model.modules():
         if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
             layer.padding = (0, 0)
             layer.register_forward_pre_hook(lambda _, inputs: (nn.functional.pad(inputs[0], (0, 1, 0, 1)),))
-    test = list(zip(images[~chosen].split(50), labels[~chosen].split(50), strict=True))
-    return _rows({"dense": model}, images[chosen], test, folder)
+    return model
 
 
 def _rows(models: Mapping[str, nn.Module], calibration: Tensor, test: Batches, folder: Path) -> dict[str, object]:

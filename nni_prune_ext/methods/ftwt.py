@@ -42,7 +42,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from nni_prune_ext.allocation import usual_multiple
 from nni_prune_ext.costs import count_costs
 from nni_prune_ext.errors import CertificateError
 from nni_prune_ext.gates.estimates import GateProbe, rule_of, settled
@@ -312,7 +311,7 @@ class Ftwt(PruningMethod):
             most = min(int(limit.max_ratio * group.num_channels), group.num_channels - context.limits.min_channels)
             silent = torch.nonzero(self._rates[group.name].cpu() == 0).flatten()
             kept = group.num_channels - min(len(silent), max(most, 0))
-            multiple = context.limits.multiple_of(group) or usual_multiple(group.num_channels)
+            multiple = context.limits.multiple_of(group) or 1
             kept = math.ceil(kept / multiple) * multiple
             gone = torch.zeros(group.num_channels, dtype=torch.bool)
             gone[silent[: max(group.num_channels - kept, 0)]] = True

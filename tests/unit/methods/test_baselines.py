@@ -91,7 +91,7 @@ def test_taylor_leaves_the_model_as_it_was_also_when_the_loss_raises() -> None:
 def test_steps_follow_the_schedule(schedule: str) -> None:
     bench = Bench.of(baselines.L1, {})
     run = bench.run()
-    run.targets = (Target("ratio", 0.4),)
+    run.targets, run.limits = (Target("ratio", 0.4),), Limits(multiple=1)
     shares: list[float] = []
     method = CriterionPruning(
         BaselineOptions(steps=4, schedule=schedule), bench.spec.build(bench.configured()).criterion
