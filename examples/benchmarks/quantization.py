@@ -1,8 +1,9 @@
 """What pruning and what lower precision costs and gains, apart and together: float32, int8 and fp16, dense and pruned.
 
 ``--part cifar``: ResNet-56, L1 with widths at multiples of 16, short recovery. ``--part mobilenet``: MobileNetV2 at
-224 pixels, dense. Files are calibrated on images that accuracy is not measured on, and all of a part are timed side by
-side on ONNX Runtime's CPU, one image and one thread. See README.md beside this file.
+224 pixels, dense. ``--part resnet50``: ResNet-50 at 224 pixels with random weights and images, so latency only. Files
+are calibrated on images that accuracy is not measured on, and all of a part are timed side by side on ONNX Runtime's
+CPU, one image and one thread. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -37,7 +39,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     began = time.perf_counter()
     with TemporaryDirectory() as folder:
-        part = {"cifar": cifar, "mobilenet": mobilenet}[options.part](options, Path(folder))
+        part = {"cifar": cifar, "mobilenet": mobilenet, "resnet50": resnet50}[options.part](options, Path(folder))
     out = Path(options.out)
     results = json.loads(out.read_text()) if out.exists() else {}
     given = {name: str(value).rpartition("/")[2] if name in PATHS else value for name, value in vars(options).items()}
@@ -89,6 +91,37 @@ def mobilenet(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     model = padded_mobilenet(Path(options.weights))
     test = list(zip(images[~chosen].split(50), labels[~chosen].split(50), strict=True))
     return _rows({"dense": model}, images[chosen], test, folder)
+
+
+def resnet50(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Dense and pruned ResNet-50 in float32 and int8, which random weights and images are enough to time."""
+    images = torch.randn(20, 3, 224, 224)
+    dense = npe.build_model("torchvision:resnet50").eval()
+    pruned = npe.prune(
+        dense, images[:1], method="l1", target=options.target, limits=npe.Limits(multiple=options.multiple)
+    )
+    files: dict[str, Path] = {}
+    for name, model in {"dense": dense, "pruned": pruned.model}.items():
+        files[name] = npe.export_onnx(model, images[:1], folder / f"{name}.onnx", check=False).path
+        reduced = npe.quantize_onnx(files[name], folder / f"{name}.int8.onnx", images)
+        files[f"{name}-int8"] = reduced.path
+    sessions = [compare_latency(files, images[:EXAMPLE_IMAGES], rounds=20, min_seconds=5) for _ in range(5)]
+    rows = {
+        name: {
+            "latency_ms": median(session.rows[number].p50_ms for session in sessions),
+            "latency_ratio": median(session.rows[number].ratio for session in sessions),
+            "latency_ratio_of_sessions": [session.rows[number].ratio for session in sessions],
+            "size_bytes": file_size_bytes(path),
+        }
+        for number, (name, path) in enumerate(files.items())
+    }
+    return {
+        "macs": {"dense": pruned.dense.macs, "pruned": pruned.costs.macs},
+        "rows": rows,
+        "aa_error": median(session.error_bar for session in sessions),
+        "clock": sessions[0].clock,
+        "rounds": sum(session.rounds for session in sessions),
+    }
 
 
 def one_image_per_class(folder: Path) -> Tensor:
@@ -147,9 +180,9 @@ PATHS = ("data", "weights", "out")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("cifar", "mobilenet"), required=True)
-    parser.add_argument("--data", required=True, help="cifar10:ROOT; or a folder with one folder per ImageNet class")
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--part", choices=("cifar", "mobilenet", "resnet50"), required=True)
+    parser.add_argument("--data", default="", help="cifar10:ROOT; or a folder with one folder per ImageNet class")
+    parser.add_argument("--weights", default="")
     parser.add_argument("--calibration", type=int, default=100)
     parser.add_argument("--target", default="macs=0.6")
     parser.add_argument("--multiple", type=int, default=16)

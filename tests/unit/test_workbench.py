@@ -197,15 +197,13 @@ def test_the_selected_epoch_is_the_best_on_the_validation_split(done):
 
 
 def test_the_test_split_changes_nothing_but_the_numbers_about_it(done, tmp_path):
-    other = execute(
-        job(tmp_path / "out", distillation={"weight": 0.5}, data={"source": f"{DATA}", "batch_size": 20}, control=False)
-    )
+    settings = {"distillation": {"weight": 0.5}, "limits": {"multiple": 1}, "control": False}
+    other = execute(job(tmp_path / "out", **settings))
     swapped = execute(
         job(
             tmp_path / "swapped",
-            distillation={"weight": 0.5},
+            **settings,
             data={"source": "test_workbench:digits_with_other_test_images", "batch_size": 20},
-            control=False,
         )
     )
 
