@@ -39,6 +39,10 @@ docs: $(VENV)/installed ## build the documentation; warnings are errors
 
 gpu-evidence: ## on a GPU machine: dense and pruned on torch and ONNX Runtime CUDA/TensorRT, resumable
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/gpu_evidence.py --artefacts '$(ARTEFACTS)' --results '$(RESULTS)'
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/macs_and_latency.py '$(RESULTS)/macs_and_latency_gpu.jsonl' \
+		--on onnxruntime-cuda --on onnxruntime-tensorrt --batch 1 --batch 8 --batch 32 --batch 128 --precision fp32 --precision fp16
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) examples/benchmarks/latency_targets.py '$(RESULTS)/latency_targets_gpu.jsonl' \
+		--on onnxruntime-cuda --batch 32
 
 clean: ## remove everything that the targets made
 	rm -rf $(VENV) $(OUT) docs/_build build dist *.egg-info

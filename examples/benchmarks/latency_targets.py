@@ -19,14 +19,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torchvision
-from torch import nn
+from macs_and_latency import rows, times
 
 import nni_prune_ext as npe
-from nni_prune_ext.deployment import compare_latency
-from nni_prune_ext.evaluation import LatencyReport, environment
+from nni_prune_ext.allocation import LATENCY_TOLERANCE
+from nni_prune_ext.evaluation import environment
 
 NETWORKS = ("mobilenet_v2", "resnet50", "vgg16_bn")
 TARGETS = ("latency=0.7", "latency=0.5")
+KEY = ("network", "target", "run", "runtime", "batch")
 
 
 def main() -> None:
@@ -35,68 +36,70 @@ def main() -> None:
     parser.add_argument("--network", action="append", choices=NETWORKS)
     parser.add_argument("--target", action="append")
     parser.add_argument("--runs", type=int, default=1, help="runs of each cell, each with other weights")
-    parser.add_argument("--repeats", type=int, default=5, help="sessions of each network in the last measurement")
+    parser.add_argument("--on", default="onnxruntime-cpu")
+    parser.add_argument("--batch", type=int, default=1)
     given = parser.parse_args()
-    done = {(row["network"], row["target"], row["run"]) for row in rows(given.out)}
+    done = {tuple(row[key] for key in KEY) for row in rows(given.out)}
     for name, target in product(given.network or NETWORKS, given.target or TARGETS):
         for run in range(given.runs):
-            if (name, target, run) not in done:
-                row = cell(name, target, run, given.repeats)
+            if (name, target, run, given.on, given.batch) not in done:
+                row = cell(name, target, run, given.on, given.batch)
                 with given.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps({key: row[key] for key in row if key not in ("environment", "evidence")}), flush=True)
     print(table(rows(given.out)))
 
 
-def rows(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def cell(name: str, target: str, run: int, repeats: int) -> dict[str, object]:
+def cell(name: str, target: str, run: int, on: str, batch: int) -> dict[str, object]:
     torch.manual_seed(run)
     model = getattr(torchvision.models, name)(weights=None).eval()
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(batch, 3, 224, 224)
     began = time.perf_counter()
-    result = npe.prune(model, images, method="l1", target=target)
+    conditions = npe.LatencyConditions(runtime=on, batch=batch)
+    result = npe.prune(model, images, method="l1", target=target, latency=conditions)
     seconds = time.perf_counter() - began
-    reports = measured(model, result.model, images, repeats)
     evidence = result.latency
+    assert evidence is not None
+    with TemporaryDirectory() as folder:  # exported as they ship, and measured afresh
+        files = {"dense": Path(folder) / "dense.onnx", "compact": Path(folder) / "compact.onnx"}
+        for path, network in zip(files.values(), (model, result.model), strict=True):
+            npe.export_onnx(network, images, path, check=False)
+        timed = times(files, images, on)
     return {
         "network": name,
         "target": target,
         "run": run,
+        "runtime": on,
+        "batch": batch,
         "macs_ratio": result.costs.macs / result.dense.macs,
-        "latency_ratio": median(report.rows[1].ratio for report in reports),
-        "dense_ms": median(report.rows[0].p50_ms for report in reports),
-        "error_bar": max(report.error_bar for report in reports),
-        "reported_ratio": evidence and evidence.achieved_ms / evidence.dense_ms,
-        "multiple": evidence.multiple if evidence else 1,
-        "layers_measured": evidence and evidence.layers_measured,
-        "networks_measured": evidence and len(evidence.networks),
+        "latency_ratio": timed["rows"]["compact"]["latency"],
+        "dense_ms": timed["rows"]["dense"]["ms"],
+        "error_bar": max(timed["aa_error_of_sessions"]),
+        "reported_ratio": evidence.achieved_ms / evidence.dense_ms,
+        "multiple": evidence.multiple,
+        "layers_measured": evidence.layers_measured,
+        "networks_measured": len(evidence.networks),
         "seconds": seconds,
-        "evidence": evidence and evidence.to_dict(),
+        "evidence": evidence.to_dict(),
         "environment": environment(),
     }
 
 
-def measured(dense: nn.Module, compact: nn.Module, images: torch.Tensor, repeats: int) -> list[LatencyReport]:
-    """Exports both networks as they ship and times them side by side, in several sessions each."""
-    with TemporaryDirectory() as folder:
-        paths = {"dense": Path(folder) / "dense.onnx", "compact": Path(folder) / "compact.onnx"}
-        for path, model in zip(paths.values(), (dense, compact)):
-            npe.export_onnx(model, images, path, check=False)
-        return [compare_latency(paths, images, rounds=20, min_seconds=1.0) for _ in range(repeats)]
-
-
-def table(found: list[dict[str, object]]) -> str:
-    lines = ["| network | target | MACs × dense | latency × dense | off by | MACs / latency | seconds |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+def table(found: list[dict]) -> str:
+    """Returns one line per network, target, runtime and batch, over all its runs."""
+    cells: dict[tuple[str, ...], list[dict]] = {}
     for row in found:
-        metric, _, asked = str(row["target"]).partition("=")
-        macs, latency = float(row["macs_ratio"]), float(row["latency_ratio"])  # type: ignore[arg-type]
-        off = f"{100 * (latency / float(asked) - 1):+.1f} %" if metric == "latency" else "–"
-        head = f"| {row['network']} | {row['target']} | {macs:.3f} | {latency:.3f} | {off} "
-        lines.append(f"{head}| {macs / latency:.2f} | {float(row['seconds']):.0f} |")  # type: ignore[arg-type]
+        cells.setdefault((row["network"], f"{row['runtime']}, batch {row['batch']}", row["target"]), []).append(row)
+    lines = ["| network | runtime | asked | runs | within 3 % | achieved | MACs × dense | largest A/A error | seconds |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for (network, runtime, target), runs in cells.items():
+        share = float(target.partition("=")[2])
+        achieved = sorted(run["latency_ratio"] for run in runs)
+        near = sum(abs(own / share - 1) <= LATENCY_TOLERANCE for own in achieved)
+        macs, error, seconds = (median(run[key] for run in runs) for key in ("macs_ratio", "error_bar", "seconds"))
+        spread = f"{median(achieved):.3f} ({achieved[0]:.3f} to {achieved[-1]:.3f})"
+        head = f"| {network} | {runtime} | {share:g} | {len(runs)} | {near} | {spread} "
+        lines.append(f"{head}| {macs:.3f} | {100 * error:.1f} % | {seconds:.0f} |")
     return "\n".join(lines)
 
 

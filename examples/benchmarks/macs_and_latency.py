@@ -45,7 +45,6 @@ KEY = ("network", "runtime", "batch", "precision")
 
 def main() -> None:
     options = _parser().parse_args()
-    torch.set_num_threads(1)
     done = {key(row) for row in rows(options.out) if "cells" in row}
     for name in options.network or NETWORKS:
         asked = list(product(options.on or ["onnxruntime-cpu"], options.batch or [1], options.precision or ["fp32"]))
@@ -122,6 +121,7 @@ def times(files: Mapping[str, Path], images: Tensor, on: str) -> dict:
         "sessions": SESSIONS,
         "rounds": sum(report.rounds for report in reports),
         "aa_error": median(report.error_bar for report in reports),
+        "aa_error_of_sessions": [report.error_bar for report in reports],
         "rows": {
             key: {
                 "ms": median(report.rows[number].p50_ms for report in reports),
