@@ -120,7 +120,8 @@ def image_batches(given: argparse.Namespace) -> tuple[npe.BatchLoader | None, np
     folders = {name: folder for name, folder in (("train", given.train), ("data", given.data)) if folder}
     classes = sorted({name for folder in folders.values() for name in class_folders(folder)})
     if folders and len(classes) != given.num_classes:
-        raise errors.DataError(f"There are {len(classes)} class folders, expected --num-classes {given.num_classes}.")
+        expected = f"expected {given.num_classes}, one per output of the network. Add them, or set --num-classes."
+        raise errors.DataError(f"--train and --data hold {len(classes)} class folders together, {expected}")
     files = {name: class_images(folder, classes) for name, folder in folders.items()}
     places = [{path.resolve() for path in one.paths} for one in files.values()]
     if len(places) == 2 and places[0] & places[1]:

@@ -207,9 +207,7 @@ def test_images_must_fit_the_network_and_be_held_out(example, folders, tmp_path,
     train = folders("train", 0)
     ten = ("--smoke", "--num-classes", "10")
 
-    assert "10 class folders, expected --num-classes 1000" in refused(
-        example, tmp_path, capsys, "--smoke", "--data", train
-    )
+    assert "10 class folders together, expected 1000" in refused(example, tmp_path, capsys, "--smoke", "--data", train)
     assert "in one only" in refused(example, tmp_path, capsys, *ten, "--train", train, "--data", train)
 
 
