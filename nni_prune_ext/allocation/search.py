@@ -147,7 +147,7 @@ class _Search:
         self._scores = {g.name: _with_survivors(g, _checked_scores(g, scores)) for g in self.groups}
         self._shares = _checked_ratios(self.groups, ratios) if ratios is not None or scope == "local" else None
         self.ranked = {name: np.argsort(values, kind="stable") for name, values in self._scores.items()}
-        self._step = {g.name: self._first_step(g) for g in self.groups}
+        self._step = self._first_steps()
         self._cumulated = {
             g.name: [self._positions(g, m.channel, (m.tensor, m.dim)) for m in g.members] for g in self.groups
         }
@@ -236,15 +236,18 @@ class _Search:
             f"{', '.join(fixed) or 'none'}. Raise max_ratio, lower multiple, exclude fewer layers, or ask for less."
         )
 
-    def _first_step(self, group: ChannelGroup) -> int:
-        """Returns the step in channels of the group that moves its root's width by a multiple."""
-        root = next(m for m in group.by_role(Role.WRITER))
-        per_channel = max(int(np.bincount(root.channel, minlength=group.num_channels).max()), 1)
-        multiple = self.limits.multiple_of(group)
-        if multiple is None:
-            exact = self._shares is not None or self.limits.of_group(group).min_ratio > 0  # ratios are obeyed
-            multiple = 1 if exact else usual_multiple(self.width(group.name) * per_channel)
-        return multiple // math.gcd(multiple, per_channel)
+    def _first_steps(self) -> dict[str, int]:
+        """Returns group → the step in channels that moves its root's width by a multiple."""
+        each = {g.name: _channels_of_root(g) for g in self.groups}
+        widest = max((self.width(name) * channels for name, channels in each.items()), default=0)
+        steps = {}
+        for group in self.groups:
+            multiple, channels = self.limits.multiple_of(group), each[group.name]
+            if multiple is None:
+                exact = self._shares is not None or self.limits.of_group(group).min_ratio > 0  # ratios are obeyed
+                multiple = 1 if exact else usual_multiple(self.width(group.name) * channels, widest)
+            steps[group.name] = multiple // math.gcd(multiple, channels)
+        return steps
 
     def _bounds(self, group: ChannelGroup) -> tuple[int, int]:
         """Returns the smallest and the largest number of channels that may go."""
@@ -271,6 +274,12 @@ class _Search:
         """Returns how many positions are lost once the first n channels in order are gone."""
         per_channel = np.bincount(channel, minlength=group.num_channels)
         return key, np.cumsum(per_channel[self.ranked[group.name]])
+
+
+def _channels_of_root(group: ChannelGroup) -> int:
+    """Returns how many channels of the root one channel of the group stands for."""
+    root = next(m for m in group.by_role(Role.WRITER))
+    return max(int(np.bincount(root.channel, minlength=group.num_channels).max()), 1)
 
 
 def _checked_scores(group: ChannelGroup, scores: Mapping[str, Tensor]) -> NDArray[np.float64]:

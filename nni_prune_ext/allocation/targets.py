@@ -22,6 +22,8 @@ SHARES = ("ratio", "sparsity")
 Scope = Literal["global", "local"]
 LATENCY_TOLERANCE = 0.03
 """By how much a measured latency may lie above the one asked for and still meet it, as a share of it."""
+WIDE = 128
+"""Networks with a layer of so many channels or more keep widths at multiples unless the user says otherwise."""
 _SMALLEST_ABSOLUTE = 1000
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _PER_MILLISECOND = {"us": 1e3, "µs": 1e3, "ms": 1.0, "s": 1e-3}
@@ -173,8 +175,8 @@ class Limits(BaseModel):
         max_ratio: largest share of a group's channels that may go.
         min_channels: smallest number of channels that stay in a group.
         multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more
-            channels. ``None`` takes what runtimes like, by width (``usual_multiple``), but less where a target could
-            not be met closely, and 1 where ratios say what goes: the scope ``local``, a ratio policy, a layer's
+            channels. ``None`` takes what runtimes like in a wide network (``usual_multiple``), but less where a target
+            could not be met closely, and 1 where ratios say what goes: the scope ``local``, a ratio policy, a layer's
             ``min_ratio``. With a latency target ``prune`` takes what a probe of the runtime finds.
         exclude: name patterns (``fnmatch``) of layers whose groups stay whole.
         layers: name pattern → limits of its own; the first match counts.
@@ -223,14 +225,21 @@ class Limits(BaseModel):
         return next((limit for pattern, limit in self.layers.items() if _matches(group, pattern)), None)
 
 
-def usual_multiple(width: int) -> int:
-    """Returns what a width stays a multiple of unless the user says otherwise: 16, 8 or 4, a quarter of it at most.
+def usual_multiple(width: int, widest: int) -> int:
+    """Returns what a width stays a multiple of unless the user says otherwise: 16, 8 or 1.
 
     Runtimes compute blocks of channels: ONNX Runtime's CPU provider 16 (8 without AVX-512), tensor cores 8. A width
-    between two multiples costs as much as the next one or, without a multiple of 4, up to twice that. Measured in
-    docs/explanation/measuring.md. Narrow layers (below 16) keep the freedom of single channels.
+    between two multiples costs as much as the next one or, without a multiple of 4, up to twice that. In a network of
+    narrow layers only, steps of that size cost accuracy that time does not repay, so there each channel counts.
+    Measured in docs/how-to/choose_a_target.md.
+
+    Args:
+        width: of the layer in the dense network.
+        widest: that of the network's widest layer with channels to remove.
     """
-    return next((multiple for multiple in (16, 8, 4) if width >= 4 * multiple), 1)
+    if widest < WIDE:
+        return 1
+    return next((multiple for multiple in (16, 8) if width >= 2 * multiple), 1)
 
 
 def _number(digits: str, text: str) -> float:

@@ -114,7 +114,7 @@ MinChannels: TypeAlias = Annotated[int, typer.Option(help="Smallest number of ch
 Multiple: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        help="Keep widths at multiples of this. Left out: by width, 16, 8 or 4; with a latency target a probe decides."
+        help="Keep widths at multiples of this. Left out: by width, 16, 8 or 1; with a latency target a probe decides."
     ),
 ]
 Exclude: TypeAlias = Annotated[list[str], typer.Option(help="Name pattern of layers that stay whole; repeatable.")]
