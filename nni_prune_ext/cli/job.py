@@ -278,4 +278,6 @@ def _show(recipe: Recipe, result: RunResult) -> None:
     console.print(before_after_table(result.rows, title=result.title, caption=result.caption))
     for sentence in (*result.targets, *drop_sentences(result.rows)):
         console.print(sentence, highlight=False)
+    if result.result is not None and result.result.latency is not None:
+        console.print(result.result.latency.outcome(), highlight=False, markup=False, soft_wrap=True)
     console.print(f"artefacts in {result.artefacts[-1]}, report in {result.report}", highlight=False, soft_wrap=True)
