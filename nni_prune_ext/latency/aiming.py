@@ -39,7 +39,7 @@ from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
 from nni_prune_ext.surgery import cut_channels
-from nni_prune_ext.training.processes import is_main
+from nni_prune_ext.training.processes import from_main, is_main
 
 GOOD = 0.015
 """How near to the latency asked for a correction stops, as a share of it: half of what is tolerated at the end."""
@@ -140,7 +140,7 @@ class LatencyAim:
         Raises:
             TargetError: the targets cannot be met; the nearest latency is named.
         """
-        before = None if saved is None else saved.latest()
+        before = from_main(saved.latest() if saved is not None and is_main() else None)
         if before is not None:
             self._restore(before.values)
             return
@@ -203,7 +203,7 @@ class LatencyAim:
             layers_known=self.stopwatch.from_cache,
             probe=self.alignment.penalties if self._probe_decides else {},
             remark=self._remark(achieved / asked - 1, times.dense_ms, trained=trained),
-            environment=environment(),
+            environment=from_main(environment()),
             p95_ms=p95_ms,
             p99_ms=p99_ms,
         )

@@ -98,7 +98,8 @@ class Stopwatch:
     def layers_ms(self, layers: Iterable[LayerAt]) -> dict[LayerAt, float]:
         """Returns the median time of each layer in milliseconds; what was measured before comes from the cache."""
         wanted = {at: at[0].key(at[1], at[2]) for at in layers}
-        times = from_main(self._layers(wanted) if is_main() else {})
+        times = self._layers(wanted) if is_main() else {}
+        times, self.measured, self.from_cache = from_main((times, self.measured, self.from_cache))
         return {at: times[key] for at, key in wanted.items()}
 
     def networks(self, networks: Mapping[str, nn.Module], *, as_shipped: bool = False) -> NetworkTimes:
