@@ -144,12 +144,6 @@ class OwnStopwatch(Stopwatch):
         return 0.001 * (read * written) ** (0.5 if RANK else 1.0)
 
 
-def aimed(accumulation: int) -> Result:
-    """Prunes to a latency without training between the cuts: the method runs until its network takes the time."""
-    with patch.object(start, "Stopwatch", OwnStopwatch):
-        return pruned(small_batches(), accumulation, method="random", between=0, target="latency=0.6")
-
-
 def aimed_late(accumulation: int) -> Result:
     """Prunes to a latency with training, and with checkpoints that the second process looks for late."""
     checkpoints = Slow(Path(sys.argv[1]) / "aimed_late", {}) if "RANK" in os.environ else None
@@ -158,7 +152,10 @@ def aimed_late(accumulation: int) -> Result:
 
 
 def aimed_again(accumulation: int) -> Result:
-    """Prunes to a latency twice; the second time the main process finds what was measured, the other one nothing."""
+    """Prunes to a latency twice without training between the cuts: the method runs until its network takes the time.
+
+    The second time the main process finds what was measured, the other one nothing.
+    """
     checkpoints = Checkpoints(Path(sys.argv[1]) / f"aimed_again-{RANK}", {}) if "RANK" in os.environ else None
     with patch.object(start, "Stopwatch", OwnStopwatch):
         for _ in range(2):
@@ -246,7 +243,6 @@ JOBS: dict[str, Callable[[int], Result]] = {
         three_of_eight,
         selected,
         late,
-        aimed,
         aimed_late,
         aimed_again,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo is tested on POSIX")
 TOLERANCE = 1e-5
-TIMEOUT_SECONDS = 100
+TIMEOUT_SECONDS = 200
 
 
 def launched(out: Path, *names: str) -> tuple[int, str]:
@@ -85,7 +85,7 @@ def test_both_processes_hold_the_same_network_bit_for_bit(name: str, two: Launch
     assert all(bool((first[key] == second[key]).all()) for key in first)
 
 
-@pytest.mark.parametrize("name", ["aimed", "aimed_late", "aimed_again"])
+@pytest.mark.parametrize("name", ["aimed_late", "aimed_again"])
 def test_a_latency_is_the_one_that_the_main_process_measured(name: str, two: Launch) -> None:
     alone = JOBS[name](2)[0]["latency"]
 
