@@ -26,19 +26,19 @@ from nni_prune_ext.allocation import (
     parse_targets,
     sparsity_of,
 )
-from nni_prune_ext.certificate import Certificate, certify_plan, remove_channels, verify_groups
+from nni_prune_ext.certificate import Certificate, verify_groups
 from nni_prune_ext.checkpoints import Checkpoints, Json, fingerprint
 from nni_prune_ext.costs import Costs, count_costs
-from nni_prune_ext.errors import CertificateError, ConfigError, PluginError, TargetError
+from nni_prune_ext.errors import ConfigError, TargetError
 from nni_prune_ext.graph.channel_groups import ChannelGroups, trace_channel_groups
 from nni_prune_ext.inputs import ExampleInputs
 from nni_prune_ext.latency import LatencyConditions, LatencyEvidence, aim_at
+from nni_prune_ext.method_cut import MethodCut, cut_by_method, cut_to_latency
 from nni_prune_ext.methods.base import MethodSpec, Outcome, PruningMethod
 from nni_prune_ext.methods.chosen_method import method_options as method_options
 from nni_prune_ext.methods.chosen_method import method_spec as method_spec
 from nni_prune_ext.methods.options import policy_with_data
 from nni_prune_ext.plan import PruningPlan
-from nni_prune_ext.surgery import Removal, slice_state
 from nni_prune_ext.training import (
     Batches,
     Distillation,
@@ -50,7 +50,6 @@ from nni_prune_ext.training import (
     Watcher,
     cross_entropy,
     distilled,
-    drive,
     fit,
     loss_identity,
     recalibrate_batchnorm,
@@ -184,10 +183,10 @@ def prune(
     if aim is not None:
         aim.prepare(measured_before)
         limits = aim.limits
-    if aim is not None and trains:
-        aim.save(measured_before)
-    made: list[tuple[LatencyEvidence, MethodRun, Outcome, Removal, bool]] = []
-    while True:
+        if trains:
+            aim.save(measured_before)
+
+    def cut() -> MethodCut:
         run = MethodRun(
             model=copy.deepcopy(model),
             batches_=train_batches or (),
@@ -204,32 +203,21 @@ def prune(
             latency=None if aim is None else aim.predictor,
             seed=seed,
         )
-        outcome, removal, cut_before = _carried_out(spec, spec.build(chosen), run)
-        if aim is None or trains:
-            break
-        if aim.missed_by(spec.name, run.applied or outcome.plan, removal.model):
-            continue
-        made.append((aim.final(removal.model, trained=False), run, outcome, removal, cut_before))
-        if len(made) > 1 or not aim.should_correct(made[0][0], removal.model):
-            break
-    evidence = None
-    if aim is not None and made:
-        evidence, run, outcome, removal, cut_before = min(made, key=lambda one: one[0].distance)
-        aim.use(run.latency)
+        return cut_by_method(spec, spec.build(chosen), run)
+
+    if aim is None or trains:
+        made, evidence = cut(), None
+    else:
+        made, evidence = cut_to_latency(spec.name, cut, aim)
         aim.save(measured_before)
-    plan = run.applied or outcome.plan
-    certificate = removal.certificate
-    if cut_before and plan.num_removed:
-        certificate = certify_plan(model, plan, example_inputs, groups=groups, seed=seed)
-        if not certificate.exact:
-            raise CertificateError(f"The composed plan is not exact: {certificate.flaw()}. Please report this model.")
+    run, outcome, plan, certificate = made.run, made.outcome, made.plan, made.certificate(model, groups)
     recovery = replace(
         run,
         loss=run.loss if distillation is None else distilled(run.loss, model, distillation),
         checkpoints=saved and saved.stage("recovery"),
     )
     masks = outcome.weight_masks or {}
-    removed_only = _masked(removal.model, masks)
+    removed_only = _masked(made.network, masks)
     compact, logs = _recovered(removed_only, recovery, train_batches, recover_epochs, masks, recalibrate=run.loss)
     costs = count_costs(compact, example_inputs)
     if aim is not None and (trains or recover_epochs):
@@ -251,22 +239,6 @@ def prune(
         notes=tuple(run.notes),
         latency=evidence,
     )
-
-
-def _carried_out(spec: MethodSpec, method: PruningMethod, run: MethodRun) -> tuple[Outcome, Removal, bool]:
-    """Runs a method and cuts what it leaves to be cut; says whether it had cut before that."""
-    outcome = drive(method, run)
-    cut_before = run.applied is not None
-    if outcome.weight_masks is not None:
-        _check_masks(spec, outcome.weight_masks, run.model)
-    if outcome.plan.num_removed:
-        removal = run.apply(outcome.plan)
-        run.leave()
-    else:
-        removal = remove_channels(run.model, outcome.plan, run.example_inputs, groups=run.groups, seed=run.seed)
-    if outcome.weight_masks is not None:
-        outcome = replace(outcome, weight_masks=slice_state(outcome.weight_masks, removal.kept))
-    return outcome, removal, cut_before
 
 
 @dataclass(frozen=True)
@@ -346,16 +318,6 @@ def _masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             if name in masks:
                 parameter.mul_(masks[name].to(parameter.device))
     return masked
-
-
-def _check_masks(spec: MethodSpec, masks: Mapping[str, Tensor], model: nn.Module) -> None:
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, mask in masks.items():
-        if mask.dtype is not torch.bool or tuple(mask.shape) != shapes.get(name):
-            raise PluginError(
-                f"The method '{spec.name}' hands over a mask '{name}' of {mask.dtype}, shape {tuple(mask.shape)}, "
-                f"expected torch.bool and the shape of that parameter, {shapes.get(name)}. Report this to its author."
-            )
 
 
 def _check_unit(spec: MethodSpec, targets: Sequence[Target], groups: ChannelGroups, limits: Limits) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nni_prune_ext.cli import options as o
+from nni_prune_ext.cli.job import NO_ADVICE
 from nni_prune_ext.cli.json_lines import json_line
 
 if TYPE_CHECKING:
@@ -56,15 +57,25 @@ def doctor(
         found = _recorded(paths, profile, shape)
     else:
         found = _measured(paths, shape, on, rounds, seconds, threads, multiple, seed)
-    if out is not None and found.limits is not None:
+    if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, found.limits.model_dump_json(exclude_unset=True, indent=1) + "\n")
+        write_text(out, _advice_text(found))
     if json:
         typer.echo(json_line("done", found.to_dict()))
     else:
         _show(found, every)
     if out is not None:
-        typer.echo(f"advice written to {out}" if found.limits else f"no advice: {out} was not written", err=json)
+        said = f"advice written to {out}" if found.limits else f"no advice: {found.no_advice}; so says {out}"
+        typer.echo(said, err=json)
+
+
+def _advice_text(found: Diagnosis) -> str:
+    """Returns the advice as limits, or limits that say nothing and why."""
+    import json  # imported here: the option of this name hides it
+
+    if found.limits is None:
+        return json.dumps({"layers": {}, NO_ADVICE: found.no_advice}, indent=1) + "\n"
+    return found.limits.model_dump_json(exclude_unset=True, indent=1) + "\n"
 
 
 def _check_out(out: Path | None) -> None:

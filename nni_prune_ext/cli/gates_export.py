@@ -9,6 +9,7 @@ import typer
 
 from nni_prune_ext.cli import options as o
 from nni_prune_ext.cli.gates_job import Data, gates_job, images_and_labels
+from nni_prune_ext.cli.out_file import refuse_existing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,17 +38,21 @@ def export(
     multiple: Annotated[int | None, typer.Option(min=1, help="static: widths are multiples of this.")] = None,
     no_router: Annotated[bool, typer.Option("--no-router", help="static: write no router.onnx.")] = False,
     image_size: o.ImageSize = None,
+    limit_images: o.LimitImages = None,
     num_classes: o.NumClasses = None,
     download: o.Download = False,
     images: Annotated[int | None, typer.Option(min=8, help="How many images; 64, or 512 for static.")] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it exists; for static, an earlier export.")
+    ] = False,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
     """Writes the gated network of an artefact folder as ONNX and compares masks and outputs with PyTorch."""
     from nni_prune_ext.cli.job import tell_json  # imported here to keep --help instant
     from nni_prune_ext.errors import ConfigError
-    from nni_prune_ext.export.artefact_folder import GATED, ModelSpec, check_writable
+    from nni_prune_ext.export.artefact_folder import GATED, ModelSpec
     from nni_prune_ext.export.manifest import checked_manifest
     from nni_prune_ext.export.onnx_gated import export_gated
     from nni_prune_ext.gated_deployment import export_fastest
@@ -75,10 +80,10 @@ def export(
         )
     checked_manifest(artefact, needed=(GATED,))
     reference = _reference(dense, artefact, out) if flavour == "fastest" else None
-    check_writable(out.parent)
+    _check_out(out, flavour, overwrite)
     known = ModelSpec.load(artefact)
     job = gates_job(
-        model, data, None, False, num_classes, image_size, None, download, None, None, seed=seed, known=known
+        model, data, None, False, num_classes, image_size, limit_images, download, None, None, seed=seed, known=known
     )
     network = _gated_network(job, artefact)
     if flavour == "static":
@@ -137,6 +142,24 @@ def _reference(dense: Path | None, artefact: Path, out: Path) -> Path | None:
     if dense.resolve() == out.resolve():
         raise ConfigError(f"--dense and --out are both '{dense}', expected two files. Write to another one.")
     return dense
+
+
+def _check_out(out: Path, flavour: str, overwrite: bool) -> None:
+    """Makes sure that the file, or the folder of routes, can be written, and that nothing is lost unless it may be.
+
+    Raises:
+        OutputError: it cannot, or something would be.
+    """
+    from nni_prune_ext.export.artefact_folder import check_unused, check_writable  # imported here: --help is instant
+    from nni_prune_ext.export.routes_folder import check_routes_folder
+
+    if flavour != "static":
+        refuse_existing(out, overwrite, example="gated.onnx")
+        check_writable(out.parent)
+        return
+    check_routes_folder(out)
+    if not overwrite:
+        check_unused(out)
 
 
 def _check_fits(reference: Path, images: Tensor) -> None:

@@ -19,6 +19,7 @@ def specialise(
     data: Data,
     cache: Annotated[Path | None, typer.Option(help="Folder of the cache; the user's own by default.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say whether the cache has a file that works.")] = False,
+    limit_images: o.LimitImages = None,
     download: o.Download = False,
     mean: o.Mean = None,
     std: o.Std = None,
@@ -35,6 +36,7 @@ def specialise(
     source = open_data(
         data,
         image_size=taken_shape(onnx)[1],
+        limit=limit_images,
         seed=seed,
         download=download,
         mean=read_numbers("--mean", mean),

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from nni_prune_ext.workbench import Job, RunResult
 
 
+NO_ADVICE = "no_advice"
+"""In a file of limits: why ``doctor`` had none to give."""
+
+
 def recipe_of(
     context: typer.Context, settings: Sequence[str], *, method: str | None, complete: bool = True
 ) -> tuple[Recipe, Origins]:
@@ -162,7 +166,7 @@ def tell_what_is_not_pruned(groups: ChannelGroups) -> None:
 
 
 def read_limits(path: Path) -> dict[str, object]:
-    """Reads limits from a JSON file.
+    """Reads limits from a JSON file; says so where the doctor had no advice to write into it.
 
     Raises:
         ConfigError: it cannot be read, or holds no limits.
@@ -172,8 +176,9 @@ def read_limits(path: Path) -> dict[str, object]:
     from nni_prune_ext.allocation import Limits
 
     try:
-        found = Limits.model_validate_json(path.read_bytes())
-        return found.model_dump(exclude_unset=True)  # what it does not say stays open
+        values = json.loads(path.read_bytes())
+        reason = values.pop(NO_ADVICE, None) if isinstance(values, dict) else None
+        found = Limits.model_validate_json(json.dumps(values))
     except (OSError, ValueError) as error:
         seen = str(error)
         if isinstance(error, ValidationError):
@@ -183,6 +188,9 @@ def read_limits(path: Path) -> dict[str, object]:
             f"--limits: '{path}' holds no limits ({seen}). Expected a file with JSON such as "
             '{"layers": {"layer3.0.conv1": {"multiple": 16}}}.'
         ) from error
+    if reason is not None:
+        typer.echo(f"warning: --limits: '{path}' limits nothing, the doctor had no advice: {reason}", err=True)
+    return found.model_dump(exclude_unset=True)  # what it does not say stays open
 
 
 def read_layers(texts: Sequence[str]) -> dict[str, object]:
@@ -278,4 +286,6 @@ def _show(recipe: Recipe, result: RunResult) -> None:
     console.print(before_after_table(result.rows, title=result.title, caption=result.caption))
     for sentence in (*result.targets, *drop_sentences(result.rows)):
         console.print(sentence, highlight=False)
+    if result.result is not None and result.result.latency is not None:
+        console.print(result.result.latency.outcome(), highlight=False, markup=False, soft_wrap=True)
     console.print(f"artefacts in {result.artefacts[-1]}, report in {result.report}", highlight=False, soft_wrap=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nni_prune_ext.cli.out_file import refuse_existing
+
 if TYPE_CHECKING:
     from nni_prune_ext.report import RunReport
 
@@ -29,7 +31,7 @@ def report(
     from nni_prune_ext.export.artefact_folder import check_writable  # imported here to keep --help instant
     from nni_prune_ext.report import RunReport, write_html
 
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, example="compare.html")
     reports = [RunReport.load(run) for run in runs]
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -38,20 +40,6 @@ def report(
         _print_json(runs, reports, out)
     else:
         _print_table(reports, out)
-
-
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    from nni_prune_ext.errors import OutputError
-
-    if out.is_dir():
-        raise OutputError(
-            f"--out is '{out}', a folder, expected the name of a file, for example {out / 'compare.html'}."
-        )
-    if out.exists() and not overwrite:
-        raise OutputError(
-            f"The file '{out}' exists, expected a new name. Choose another one with --out, or replace it with "
-            "--overwrite."
-        )
 
 
 def _print_json(runs: list[Path], reports: list[RunReport], out: Path) -> None:

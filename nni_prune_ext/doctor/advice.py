@@ -13,7 +13,7 @@ from glob import escape
 from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 
@@ -71,6 +71,10 @@ class Advice:
         return values
 
 
+Advised: TypeAlias = tuple[tuple[Advice, ...], Limits | None, str]
+"""What is advised, the same as limits, and why there is nothing, where there is nothing."""
+
+
 def _saved(gain: Time) -> str:
     if abs(gain.ms) <= gain.error_ms:
         return f"no difference above the error bar of {gain.error_ms:.3f} ms"
@@ -108,10 +112,8 @@ class Trials:
         return {name: Time(gain, max(errors)) for name, gain in measured.items()}
 
 
-def advise(
-    network: Network, rows: Sequence[LayerRow], trials: Trials, *, multiple: int
-) -> tuple[tuple[Advice, ...], Limits | None]:
-    """Returns the widths to round up, best first, and limits for the next plan; nothing where nothing gains.
+def advise(network: Network, rows: Sequence[LayerRow], trials: Trials, *, multiple: int) -> Advised:
+    """Returns the widths to round up, best first, limits for the next plan, and why there is nothing, if so.
 
     Args:
         network: the pruned network.
@@ -125,7 +127,7 @@ def advise(
     wrong = [group for group in groups if group.width % multiple]
     tried = sorted(wrong, key=lambda group: -sum(ms.get(layer, 0.0) for layer in group.layers))[:MAX_GROUPS]
     if not tried:
-        return (), None
+        return (), None, f"every width that can be rounded is a multiple of {multiple} already"
     up = {group.root: -(-group.width // multiple) * multiple for group in tried}
     down = {group.root: group.width // multiple * multiple for group in tried if group.width > multiple}
     alone = trials.gains(network.path, {root: widths.resized({root: width}) for root, width in up.items()})
@@ -137,7 +139,7 @@ def advise(
     )
     best = max(together.values(), key=lambda gain: gain.ms)
     if best.ms <= best.error_ms:
-        return (), None
+        return (), None, f"no rounding gained more than the error bar of {best.error_ms:.3f} ms"
     last = next(index for index, gain in enumerate(together.values()) if gain.ms >= best.ms - best.error_ms)
     chosen = ordered[: last + 1]
     advice = tuple(
@@ -147,7 +149,7 @@ def advise(
         )
         for group in chosen
     )  # fmt: skip
-    return advice, limits_for(chosen, groups, multiple)
+    return advice, limits_for(chosen, groups, multiple), ""
 
 
 def limits_for(chosen: Sequence[WidthGroup], groups: Sequence[WidthGroup], multiple: int) -> Limits:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nni_prune_ext.allocation import Limits
 from nni_prune_ext.deployment import runtime as named_runtime
-from nni_prune_ext.doctor.advice import Advice, Trials, advise
+from nni_prune_ext.doctor.advice import Advice, Advised, Trials, advise
 from nni_prune_ext.doctor.findings import Finding, find_reasons
 from nni_prune_ext.doctor.layer_times import KindRow, LayerRow, ProfiledNetwork, Time, kind_rows, layer_rows
 from nni_prune_ext.doctor.measuring import empty_node_ms, profile_in_turns, profiling
@@ -39,6 +39,7 @@ class Diagnosis:
         limits: the advice as limits for the next plan.
         floor_ms: time of an empty node; ``None`` for profiles that were given.
         num_runs: runs behind every median.
+        no_advice: why there is none; empty where there is.
     """
 
     runtime: str
@@ -52,6 +53,7 @@ class Diagnosis:
     limits: Limits | None
     floor_ms: float | None
     num_runs: int
+    no_advice: str
 
     @property
     def macs_ratio(self) -> float:
@@ -85,6 +87,7 @@ class Diagnosis:
             "others": [asdict(row) for row in self.others],
             "findings": [asdict(finding) for finding in self.findings],
             "advice": [advice.to_dict() for advice in self.advice],
+            "no_advice": self.no_advice,
             "limits": self.limits.model_dump(mode="json", exclude_unset=True) if self.limits else None,
             "empty_node_ms": self.floor_ms,
             "runs": self.num_runs,
@@ -137,12 +140,11 @@ def diagnose(
     joined = [ProfiledNetwork(n, nodes, latency.error_bar) for n, nodes in zip(networks, profiles)]
     rows = layer_rows(*joined)
     floor_ms = empty_node_ms(recorder, rounds=rounds, threads=threads)
-    advice: tuple[Advice, ...] = ()
-    limits = None
+    advised: Advised = ((), None, f"none was asked for, with the multiple {multiple}")
     if multiple > 1:
         trials = Trials(runtime, inputs, rounds, min_seconds, threads, seed)
-        advice, limits = advise(networks[1], rows, trials, multiple=multiple)
-    return _diagnosis(on, latency, joined, rows, advice, limits, floor_ms)
+        advised = advise(networks[1], rows, trials, multiple=multiple)
+    return _diagnosis(on, latency, joined, rows, advised, floor_ms)
 
 
 def diagnose_recorded(
@@ -161,7 +163,8 @@ def diagnose_recorded(
     """
     networks = [Network.load(path, input_shapes) for path in (dense, pruned)]
     joined = [ProfiledNetwork(n, read_profile(load_profile(path))) for n, path in zip(networks, profiles)]
-    return _diagnosis("recorded", None, joined, layer_rows(*joined), (), None, None)
+    nothing_timed: Advised = ((), None, "nothing is timed where profiles are given")
+    return _diagnosis("recorded", None, joined, layer_rows(*joined), nothing_timed, None)
 
 
 def _diagnosis(
@@ -169,11 +172,10 @@ def _diagnosis(
     latency: LatencyReport | None,
     joined: Sequence[ProfiledNetwork],
     rows: tuple[LayerRow, ...],
-    advice: tuple[Advice, ...],
-    limits: Limits | None,
+    advised: Advised,
     floor_ms: float | None,
 ) -> Diagnosis:
-    before, after = joined
+    (before, after), (advice, limits, no_advice) = joined, advised
     return Diagnosis(
         runtime=runtime,
         latency=latency,
@@ -186,4 +188,5 @@ def _diagnosis(
         limits=limits,
         floor_ms=floor_ms,
         num_runs=min(len(network.nodes[0].ms) for network in joined),
+        no_advice=no_advice,
     )

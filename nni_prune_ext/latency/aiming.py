@@ -39,7 +39,7 @@ from nni_prune_ext.plan import PruningPlan
 from nni_prune_ext.scoring.group_reduction import group_importance
 from nni_prune_ext.scoring.weight_norms import l1_norm
 from nni_prune_ext.surgery import cut_channels
-from nni_prune_ext.training.processes import is_main
+from nni_prune_ext.training.processes import from_main, is_main
 
 GOOD = 0.015
 """How near to the latency asked for a correction stops, as a share of it: half of what is tolerated at the end."""
@@ -140,7 +140,7 @@ class LatencyAim:
         Raises:
             TargetError: the targets cannot be met; the nearest latency is named.
         """
-        before = None if saved is None else saved.latest()
+        before = from_main(saved.latest() if saved is not None and is_main() else None)
         if before is not None:
             self._restore(before.values)
             return
@@ -155,6 +155,8 @@ class LatencyAim:
         scores = self._magnitudes()
         self._predict_with(self._through_networks(first, scores))
         self._refuse_unreachable()
+        if self.predictor.dense_ms <= self.target.bound(self.predictor.dense_ms):
+            self.tell(f"warning: target {self.target}: {self._nothing_asked(self.predictor.dense_ms)}")
         while True:
             plan = self._plan(scores, self.targets)
             if not self._again(self._by_magnitude, _BY_MAGNITUDE, plan, None):
@@ -185,6 +187,7 @@ class LatencyAim:
         predicted = self.predictor(_shapes(network))
         times = self.stopwatch.networks({"compact": network}, as_shipped=True)
         achieved, asked = times.shares["compact"] * times.dense_ms, self.target.bound(times.dense_ms)
+        p95_ms, p99_ms = times.tails_ms.get("compact", (None, None))
         return LatencyEvidence(
             conditions=self.stopwatch.conditions,
             asked_ms=asked,
@@ -199,8 +202,10 @@ class LatencyAim:
             layers_measured=self.stopwatch.measured,
             layers_known=self.stopwatch.from_cache,
             probe=self.alignment.penalties if self._probe_decides else {},
-            remark=self._remark(achieved / asked - 1, trained=trained),
-            environment=environment(),
+            remark=self._remark(achieved / asked - 1, times.dense_ms, trained=trained),
+            environment=from_main(environment()),
+            p95_ms=p95_ms,
+            p99_ms=p99_ms,
         )
 
     def should_correct(self, evidence: LatencyEvidence, network: nn.Module) -> bool:
@@ -331,8 +336,16 @@ class LatencyAim:
     def _asked_share(self) -> float:
         return self.target.bound(self.predictor.dense_ms) / self.predictor.dense_ms
 
-    def _remark(self, distance: float, *, trained: bool) -> str:
-        """Says why the latency is not the one asked for, if it is not."""
+    def _nothing_asked(self, dense_ms: float) -> str:
+        return (
+            f"the dense network already meets it with {dense_ms:.4g} ms, so that nothing has to go for it. To make the "
+            "network faster, ask for less, such as latency=0.7"
+        )
+
+    def _remark(self, distance: float, dense_ms: float, *, trained: bool) -> str:
+        """Says why the latency is not the one asked for, if it is not, or that the dense one is."""
+        if distance <= LATENCY_TOLERANCE and dense_ms <= self.target.bound(dense_ms):
+            return self._nothing_asked(dense_ms)
         if abs(distance) <= LATENCY_TOLERANCE:
             return ""
         text = f"the latency is {100 * abs(distance):.1f} % {'above' if distance > 0 else 'below'} what was asked for"

@@ -46,8 +46,10 @@ class LatencyEvidence:
         probe: offset from a multiple of 16 → penalty that the probe found; empty where the user set the multiple.
         layers_measured: layers that were timed for this run.
         layers_known: layers whose times came from the cache.
-        remark: why the achieved latency is not the one asked for, where it is not.
+        remark: why the achieved latency is not the one asked for, where it is not; that the dense one is, where it is.
         environment: machine and versions.
+        p95_ms: 95th percentile of the compact network in that measurement; ``None`` where it is not known.
+        p99_ms: 99th percentile, likewise.
     """
 
     conditions: LatencyConditions
@@ -65,6 +67,8 @@ class LatencyEvidence:
     probe: Mapping[int, float] = field(default_factory=dict)
     remark: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    p95_ms: float | None = None
+    p99_ms: float | None = None
 
     @property
     def met(self) -> bool:
@@ -88,16 +92,24 @@ class LatencyEvidence:
             "sentences": self.sentences(),
         }
 
+    def outcome(self) -> str:
+        """Returns what was asked for and achieved, how that was measured, and why it is another latency, if it is."""
+        tails = ((95, self.p95_ms), (99, self.p99_ms))
+        known = ", ".join(f"p{percent} {ms:.4g} ms" for percent, ms in tails if ms is not None)
+        how = f"{self.conditions}, {self.clock} time, A/A error {100 * self.error_bar:.1f} %, {self.rounds} rounds"
+        verdict = "met" if self.met else "MISSED"
+        return (
+            f"latency: asked for at most {self.asked_ms:.4g} ms, achieved {self.achieved_ms:.4g} ms ({how}"
+            f"{'; ' if known else ''}{known}): {verdict}{', ' if self.remark else ''}{self.remark}"
+        )
+
     def sentences(self) -> list[str]:
         """Returns how the latency was measured and aimed at, for people."""
         probed = ", as the probe of this runtime suggests" if self.probe else ""
-        texts = [
-            f"latency: {self.conditions}, {self.clock} time, A/A error {100 * self.error_bar:.1f} %; "
-            f"widths at multiples of {self.multiple}{probed}"
-        ]
+        texts = [self.outcome(), f"widths at multiples of {self.multiple}{probed}"]
         for network in self.networks:
             foreseen = "" if network.predicted_ms is None else f"predicted {network.predicted_ms:.4g} ms, "
             texts.append(
                 f"{network.network}: {foreseen}measured {network.measured_ms:.4g} ms of {network.dense_ms:.4g} ms dense"
             )
-        return [*texts, self.remark] if self.remark else texts
+        return texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -51,6 +51,7 @@ class NetworkTimes:
         error_bar: differences of shares below it mean nothing (A/A).
         clock: ``cpu`` or ``wall``.
         rounds: number of samples of each network, over all sessions.
+        tails_ms: network → its 95th and its 99th percentile, the medians over the sessions.
     """
 
     dense_ms: float
@@ -58,6 +59,7 @@ class NetworkTimes:
     error_bar: float
     clock: str
     rounds: int
+    tails_ms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Stopwatch:
@@ -96,7 +98,8 @@ class Stopwatch:
     def layers_ms(self, layers: Iterable[LayerAt]) -> dict[LayerAt, float]:
         """Returns the median time of each layer in milliseconds; what was measured before comes from the cache."""
         wanted = {at: at[0].key(at[1], at[2]) for at in layers}
-        times = from_main(self._layers(wanted) if is_main() else {})
+        times = self._layers(wanted) if is_main() else {}
+        times, self.measured, self.from_cache = from_main((times, self.measured, self.from_cache))
         return {at: times[key] for at, key in wanted.items()}
 
     def networks(self, networks: Mapping[str, nn.Module], *, as_shipped: bool = False) -> NetworkTimes:
@@ -160,6 +163,7 @@ class Stopwatch:
             error_bar=abs(median(report.aa_ratio for report in reports) - 1),
             clock=reports[0].clock,
             rounds=sum(report.rounds for report in reports),
+            tails_ms={name: _tails(reports, name) for name in networks},
         )
 
     def _measure(
@@ -200,6 +204,11 @@ class Stopwatch:
                 raise
             return self._runnable(network, "auto", name)
         return RunnableModel(path, network)
+
+
+def _tails(reports: Sequence[LatencyReport], name: str) -> tuple[float, float]:
+    rows = [row for report in reports for row in report.rows if row.name == name]
+    return median(row.p95_ms for row in rows), median(row.p99_ms for row in rows)
 
 
 def batch_of(example_inputs: ExampleInputs, batch: int) -> ExampleInputs:

@@ -28,7 +28,7 @@ def build_model(
     *,
     num_classes: int | None = None,
     in_channels: int = RGB_CHANNELS,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
     """Build the model that a specification names, in training mode, on the CPU.

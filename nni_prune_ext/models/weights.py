@@ -37,7 +37,7 @@ UNREADABLE = (
 )
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a weights file into the model, in place; on any error the model is untouched.
 
     The file is safetensors or a ``torch.save`` of tensors: a state dict, plain or under the key ``state_dict`` or
@@ -46,6 +46,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         WeightsError: if the file is missing, unreadable or unsafe, or its names or shapes are not the model's.
     """
+    path = Path(path)
     loaded = _without_prefix(_read_tensors(path))
     own = model.state_dict()
     _check_names(own, loaded, path)
@@ -53,7 +54,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({**own, **loaded})
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write the model's state dict as safetensors; the file appears complete or not at all.
 
     Tensors that share memory (tied weights) are written under each of their names.
@@ -61,6 +62,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
+    path = Path(path)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     content = safetensors.torch.save(tensors)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")

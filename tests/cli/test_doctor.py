@@ -110,8 +110,22 @@ def test_json_holds_every_layer_and_no_advice_where_none_was_asked_for(place: Pa
     assert ["0", "2", "4", "8"] == [row["layer"] for row in facts["layers"]]
     assert (17, 33) == (facts["layers"][1]["after"]["in_channels"], facts["layers"][1]["after"]["out_channels"])
     assert ([], None, 20) == (facts["advice"], facts["limits"], facts["runs"])
-    assert not (tmp_path / "a.json").exists()
-    assert "no advice" in found.stderr
+    assert "none was asked for, with the multiple 0" == facts["no_advice"]
+    assert {"layers": {}, "no_advice": facts["no_advice"]} == json.loads((tmp_path / "a.json").read_text())
+    assert f"no advice: none was asked for, with the multiple 0; so says {tmp_path / 'a.json'}" in found.stderr
+
+
+def test_the_file_of_a_doctor_without_advice_limits_nothing_with_a_warning(tmp_path: Path) -> None:
+    advice = tmp_path / "advice.json"
+    advice.write_text('{"layers": {}, "no_advice": "no rounding gained anything"}')
+    words = ["plan", "resnet20", "--target", "ratio=0.3", "--json"]
+
+    free = CliRunner().invoke(app, words, catch_exceptions=False)
+    plan = CliRunner().invoke(app, [*words, "--limits", str(advice)], catch_exceptions=False)
+
+    assert (0, free.stdout) == (plan.exit_code, plan.stdout)
+    assert "advice.json' limits nothing, the doctor had no advice: no rounding gained anything" in plan.stderr
+    assert "" == free.stderr
 
 
 def test_recorded_profiles_are_read_and_those_of_another_file_refused(place: Path, tmp_path: Path) -> None:
@@ -119,9 +133,12 @@ def test_recorded_profiles_are_read_and_those_of_another_file_refused(place: Pat
     pruned = recorded(tmp_path / "pruned.json", place / "pruned.onnx")
     other = recorded(tmp_path / "other.json", place / "other.onnx")
 
-    found = run(place / "dense", place / "pruned.onnx", "--profile", dense, "--profile", pruned, "--all")
+    out = tmp_path / "advice.json"
+    words = ["--profile", dense, "--profile", pruned, "--all", "--out", out]
+    found = run(place / "dense", place / "pruned.onnx", *words)
 
     assert 0 == found.exit_code
+    assert "nothing is timed where profiles are given" == json.loads(out.read_text())["no_advice"]
     assert "medians of 3 runs" in found.stdout
     assert "0 layers not shown" in found.stdout
     with pytest.raises(ModelError, match="does not belong to"):

@@ -443,6 +443,52 @@ def test_an_older_file_survives_a_mistake(folder: Path, command: Command, run: P
     assert b"older" == (folder / "net.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("flavour", ["mask", "fastest", "static"])
+def test_an_older_export_is_replaced_only_where_it_may_be(
+    flavour: str, folder: Path, command: Command, run: Path
+) -> None:
+    assert 0 == command(*export(run, "--flavour", flavour))[0]
+    older = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written(folder)}
+
+    code, out, err = command(*export(run, "--flavour", flavour))
+    assert (2, "") == (code, out)
+    assert "--overwrite" in err
+    assert older == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in written(folder)}
+
+    assert 0 == command(*export(run, "--flavour", flavour, "--overwrite"))[0]
+    assert all(older[path][1] < path.stat().st_mtime_ns for path in written(folder))
+
+
+def written(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_is_no_name_of_a_file(folder: Path, command: Command, run: Path) -> None:
+    (folder / "net.onnx").mkdir()
+
+    code, _, err = command(*export(run, "--flavour", "mask", "--overwrite"))
+
+    assert (2, True) == (code, "a folder, expected the name of a file, for example net.onnx/gated.onnx" in err)
+
+
+def test_overwrite_spares_what_no_export_wrote(folder: Path, command: Command, run: Path) -> None:
+    (folder / "net.onnx").mkdir()
+    (folder / "net.onnx" / "mine.txt").write_text("mine")
+
+    code, _, err = command(*export(run, "--flavour", "static", "--overwrite"))
+
+    assert (2, True) == (code, "is in the way" in err)
+    assert "mine" == (folder / "net.onnx" / "mine.txt").read_text()
+
+
+def test_images_can_be_limited(folder: Path, command: Command, run: Path) -> None:
+    words = [word if word != DATA else "digits" for word in export(run, "--flavour", "mask", "--json")]
+
+    code, out, err = command(*words, "--images", "60", "--limit-images", "30")
+
+    assert (0, 30) == (code, facts_of(out)["parity"]["images"]), err
+
+
 class OtherGates(nn.Module):
     """A gated network of another kind with the same tensors."""
 

@@ -99,6 +99,9 @@ def test_what_was_cached_is_told(command: Command, monkeypatch: pytest.MonkeyPat
     assert "takes × 0.68 of the portable file's time" in out
     assert "not in this layout: second, it has groups" in out
 
+    command("--onnx", "net.onnx", "--limit-images", "6")
+    assert (6, 3, SIZE, SIZE) == given["shape"]
+
     code, out, _ = command("--onnx", "net.onnx", "--json")
     assert given["cache"] is None
     assert json.loads(out) == {"event": "done", "specialised": True, **json.loads(json.dumps(FOUND.to_dict()))}

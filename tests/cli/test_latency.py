@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
@@ -45,7 +46,8 @@ class Stopwatch:
 
     def networks(self, networks: Mapping[str, nn.Module], *, as_shipped: bool = False) -> NetworkTimes:
         late, dense = self.late.pop(0) if as_shipped and self.late else 1.0, self._whole(self.model)
-        return NetworkTimes(dense, {k: late * self._whole(v) / dense for k, v in networks.items()}, 0.01, "cpu", 30)
+        shares = {name: late * self._whole(network) / dense for name, network in networks.items()}
+        return NetworkTimes(dense, shares, 0.01, "cpu", 30, dict.fromkeys(networks, (2.0, 3.0)))
 
     def _whole(self, network: nn.Module) -> float:
         tensors = dict(network.named_parameters())
@@ -125,6 +127,65 @@ def test_a_latency_that_was_missed_ends_with_exit_code_1(command, tmp_path, monk
     assert "above what was asked for" in page
     targets = json.loads((tmp_path / "out" / "report.json").read_text())["targets"]
     assert targets[0]["achieved"] == pytest.approx(1.2 * targets[0]["asked"], rel=0.03), "the better of two tries"
+
+
+def last_lines(said: str) -> str:
+    """Returns the line before the one that names the files."""
+    assert said.splitlines()[-1].startswith("artefacts in ")
+    return said.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    ("late", "code", "verdict"),
+    [([], 0, "): met"), ([1.2, 1.6], 1, "): MISSED, the latency is "), ([0.8, 0.7], 0, "): met, the latency is ")],
+)
+def test_the_last_lines_say_asked_and_achieved_and_how_it_was_measured(
+    late, code, verdict, command, monkeypatch
+) -> None:
+    monkeypatch.setattr(Stopwatch, "late", list(late))
+    ended, said, problem = command("prune", *MODEL, "--target", "latency=0.5", "--no-measure", "--out", "out")
+
+    assert code == ended, problem
+    found = re.fullmatch(
+        r"latency: asked for at most 1\.36 ms, achieved ([0-9.]+) ms \(median on onnxruntime-cpu, batch 1, 1 thread, "
+        r"cpu time, A/A error 1\.0 %, 30 rounds; p95 2 ms, p99 3 ms(\): .*)",
+        last_lines(said),
+    )
+    assert found is not None, said
+    assert found[2].startswith(verdict) if late else found[2] == verdict
+    if late:
+        off = 100 * (float(found[1]) / 1.36 - 1)
+        share = re.search(r"the latency is ([0-9.]+) % (above|below) what was asked for: ", found[2])
+        assert share is not None
+        assert abs(off) == pytest.approx(float(share[1]), abs=0.5)
+        assert (off > 0) == (share[2] == "above")
+
+
+def test_the_percentiles_of_the_last_measurement_are_in_the_report(command, tmp_path) -> None:
+    command("prune", *MODEL, "--target", "latency=0.5", "--no-measure", "--out", "out")
+
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["latency_target"]
+    assert (2.0, 3.0) == (found["p95_ms"], found["p99_ms"])
+    assert "p95 2 ms" in (tmp_path / "out" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize("target", ["latency=500ms", "latency=1.0"])
+def test_a_target_that_the_dense_network_meets_is_said_to_ask_for_nothing(target, command, tmp_path) -> None:
+    code, said, problem = command("prune", *MODEL, "--target", target, "--no-measure", "--out", "out")
+
+    words = "the dense network already meets it with 2.72 ms"
+    assert 0 == code, problem
+    assert f"warning: target {target.removesuffix('.0')}: {words}" in problem
+    assert f"): met, {words}" in last_lines(said)
+    page = (tmp_path / "out" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert f"met, {words}" in page
+
+
+def test_a_target_below_the_dense_latency_is_no_warning(command) -> None:
+    code, said, problem = command("prune", *MODEL, "--target", "latency=0.99", "--no-measure", "--out", "out")
+
+    assert 0 == code, problem
+    assert "already meets" not in said + problem
 
 
 def test_a_recipe_names_the_runtime_in_short_or_in_full(tmp_path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nni_prune_ext import pipeline
+from nni_prune_ext import method_cut
 from nni_prune_ext.allocation import Limits, Target, checked_scope, parse_targets
 from nni_prune_ext.certificate import certify_plan, remove_channels
 from nni_prune_ext.costs import count_costs
@@ -261,7 +261,7 @@ def test_mistakes_are_refused_before_anything_is_cut(
 ) -> None:
     cuts: list[int] = []
     if "train_batches" not in changes:
-        monkeypatch.setattr(pipeline, "remove_channels", lambda *args, **kwargs: cuts.append(1))
+        monkeypatch.setattr(method_cut, "remove_channels", lambda *args, **kwargs: cuts.append(1))
 
     with pytest.raises(error, match=message):
         pruned(bench, **changes)

@@ -11,7 +11,7 @@ import pytest
 from made_networks import chain, conv, profile
 
 from nni_prune_ext.allocation import LayerLimit, Limits
-from nni_prune_ext.doctor.advice import Advice, Trials, advise, limits_for
+from nni_prune_ext.doctor.advice import Advice, Advised, Trials, advise, limits_for
 from nni_prune_ext.doctor.layer_times import ProfiledNetwork, Time, layer_rows
 from nni_prune_ext.doctor.network import Network
 from nni_prune_ext.doctor.widths import WidthGroup
@@ -47,6 +47,10 @@ class Pretended:
 def advice_for(
     folder: Path, widths: Sequence[int], trials: Pretended, multiple: int = 16
 ) -> tuple[tuple[Advice, ...], Limits | None]:
+    return advised(folder, widths, trials, multiple)[:2]
+
+
+def advised(folder: Path, widths: Sequence[int], trials: Pretended, multiple: int = 16) -> Advised:
     nodes = [*(conv(index, 1.0) for index in range(len(widths))), ("fc/Gemm", "Gemm", 0.1, 0)]
     network = Network.load(chain(folder / "a.onnx", widths), SHAPE)
     profiled = ProfiledNetwork(network, read_profile(profile(nodes)))
@@ -83,12 +87,14 @@ def test_what_adds_less_than_the_error_bar_is_left_out(tmp_path: Path) -> None:
 def test_an_aligned_network_gets_no_advice_and_is_not_timed(tmp_path: Path) -> None:
     trials = Pretended()
 
-    assert ((), None) == advice_for(tmp_path, [16, 32, 48], trials)
+    nothing = ((), None, "every width that can be rounded is a multiple of 16 already")
+    assert nothing == advised(tmp_path, [16, 32, 48], trials)
     assert [] == trials.timed
 
 
 def test_gains_below_the_error_bar_give_no_advice(tmp_path: Path) -> None:
-    assert ((), None) == advice_for(tmp_path, [17, 33, 20], Pretended(error_ms=100.0))
+    nothing = ((), None, "no rounding gained more than the error bar of 100.000 ms")
+    assert nothing == advised(tmp_path, [17, 33, 20], Pretended(error_ms=100.0))
 
 
 def test_where_every_width_is_to_be_rounded_one_multiple_says_it(tmp_path: Path) -> None:

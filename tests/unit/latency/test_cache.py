@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,21 @@ def test_the_folder_is_the_users_or_the_one_that_is_named(monkeypatch: pytest.Mo
     assert Path.home() / ".cache" / "nni_prune_ext" == cache_folder()
     monkeypatch.setenv("NNI_PRUNE_EXT_CACHE", str(tmp_path / "own"))
     assert tmp_path / "own" == cache_folder()
+
+
+def test_the_how_to_names_the_folder_and_both_variables_and_a_deleted_folder_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, stopwatch, tmp_path: Path
+) -> None:
+    for variable in ("NNI_PRUNE_EXT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    folder = LatencyCache(LatencyConditions(), "cpu").path.parent.relative_to(Path.home())
+    text = (Path(__file__).parents[3] / "docs" / "how-to" / "choose_a_target.md").read_text(encoding="utf-8")
+
+    assert all(words in text for words in (f"rm -r ~/{folder}`", f"`${cache.FOLDER_VARIABLE}`", "`$XDG_CACHE_HOME`"))
+    stopwatch().layers_ms([(LAYER, 4, 8)])
+    shutil.rmtree(tmp_path / folder.name)
+    stopwatch().layers_ms([(LAYER, 4, 8)])
+    assert 2 == len(stopwatch.timed)
 
 
 def test_inputs_are_cut_or_repeated_to_the_batch() -> None:

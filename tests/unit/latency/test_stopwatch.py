@@ -99,6 +99,17 @@ def test_a_percentile_is_that_of_single_runs(tmp_path: Path, made_up: MadeUp) ->
     assert watch(tmp_path, percentile=95).networks({}).dense_ms == pytest.approx(66.0)
 
 
+def test_the_tails_are_medians_over_the_sessions_of_their_percentiles(tmp_path: Path, made_up: MadeUp) -> None:
+    first_report = range(3)
+    made_up.pace = lambda session, run: 9.0 if session in first_report else 3.0 if run % 40 == 0 else 1.0
+
+    times = watch(tmp_path, percentile=95).networks({"half": nn.Linear(3, 10)}, as_shipped=True)
+
+    p95_ms, p99_ms = times.tails_ms["half"]
+    assert 11.0 == pytest.approx(p95_ms)
+    assert 11.0 < p99_ms <= 33.0
+
+
 def test_a_network_that_the_quick_exporter_cannot_write_goes_through_the_other(
     tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:

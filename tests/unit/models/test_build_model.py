@@ -89,11 +89,13 @@ def test_a_factory_without_parameters_is_called_without_options(factories: str) 
     assert (3, 2) == tuple(model.get_parameter("weight").shape)
 
 
-def test_weights_are_loaded_into_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [str, Path])
+def test_weights_are_loaded_into_the_model(kind: type[str] | type[Path], tmp_path: Path) -> None:
+    place = kind(tmp_path / "weights.safetensors")
     saved = build_model("resnet20")
-    save_weights(saved, tmp_path / "weights.safetensors")
+    save_weights(saved, place)
 
-    model = build_model("resnet20", weights=tmp_path / "weights.safetensors")
+    model = build_model("resnet20", weights=place)
 
     assert torch.equal(saved.get_parameter("linear.weight"), model.get_parameter("linear.weight"))
 

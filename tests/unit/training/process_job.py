@@ -9,8 +9,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import safetensors.torch
 import torch
@@ -18,8 +19,11 @@ from small_task import BATCH_SIZE, LOADERS, another_process, dataset, everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nni_prune_ext.checkpoints import Checkpoints, Saved
+from nni_prune_ext.checkpoints import Checkpoints, Json, Saved
 from nni_prune_ext.data.batches import BatchLoader
+from nni_prune_ext.latency import start
+from nni_prune_ext.latency.layers import find_layers
+from nni_prune_ext.latency.stopwatch import LayerAt, NetworkTimes, Stopwatch
 from nni_prune_ext.methods.base import Batch
 from nni_prune_ext.methods.baselines import L1
 from nni_prune_ext.pipeline import prune
@@ -31,20 +35,24 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def pruned(
-    batches: object, accumulation: int, *, method: str = "l1", between: int = 1, checkpoints: Checkpoints | None = None
-) -> Result:
+    batches: object, accumulation: int, *, method: str = "l1", between: int = 1, checkpoints: Checkpoints | None = None,
+    target: str = "macs=0.6",
+) -> Result:  # fmt: skip
     """Prunes in two steps with training between them and after them."""
     bench = Bench.of(L1, {})
     settings = checked_settings(learning_rate=0.05, accumulation_steps=accumulation)
     result = prune(
-        bench.model, bench.example, method=method, target="macs=0.6", options={"steps": 2, "epochs_per_step": between},
+        bench.model, bench.example, method=method, target=target, options={"steps": 2, "epochs_per_step": between},
         train_batches=batches, recover_epochs=1, settings=settings, groups=bench.groups,
         checkpoints=checkpoints,
     )  # fmt: skip
     recalibrate_batchnorm(result.model, small_batches())
     losses = [log.loss for log in result.logs]
     rates = [log.learning_rate for log in result.logs]
-    return {"plan": result.plan.to_json(), "losses": losses, "rates": rates}, everything(result.model)
+    facts: dict[str, object] = {"plan": result.plan.to_json(), "losses": losses, "rates": rates}
+    if result.latency is not None:
+        facts["latency"] = result.latency.to_dict()
+    return facts, everything(result.model)
 
 
 def fitted(batches: object, accumulation: int, epochs: int = 2, **options: object) -> Result:
@@ -99,6 +107,11 @@ def three_of_eight(accumulation: int) -> Result:
 class Slow(Checkpoints):
     """Checkpoints that one process finds later than the other, when that one has gone on."""
 
+    def stage(self, name: str, identity: Mapping[str, Json] | None = None) -> Checkpoints:
+        """Returns the checkpoints of a stage, which are found late as well."""
+        own = super().stage(name, identity)
+        return Slow(own.folder, own.identity)
+
     def latest(self) -> Saved | None:
         """Looks late."""
         time.sleep(RANK * 0.5)
@@ -109,6 +122,47 @@ def late(accumulation: int) -> Result:
     """Prunes with checkpoints that the second process reads when the first would have written the next one."""
     checkpoints = Slow(Path(sys.argv[1]) / "late", {}) if "RANK" in os.environ else None
     return pruned(small_batches(), accumulation, checkpoints=checkpoints)
+
+
+class OwnStopwatch(Stopwatch):
+    """Times are a known function of widths, and another one in every process: only the main one's may count."""
+
+    def _layers(self, wanted: Mapping[LayerAt, str]) -> dict[str, float]:
+        self.measured += len(wanted)
+        return {key: self._ms(read, written) for (_, read, written), key in wanted.items()}
+
+    def _networks(self, networks: Mapping[str, nn.Module], as_shipped: bool) -> NetworkTimes:
+        dense = self._whole(self._model)
+        return NetworkTimes(dense, {k: self._whole(v) / dense for k, v in networks.items()}, 0.01, "cpu", 30)
+
+    def _whole(self, network: nn.Module) -> float:
+        tensors = dict(network.named_parameters())
+        widths = (layer.widths(tensors[layer.weight].shape) for layer in find_layers(network, self.inputs))
+        return 0.05 + 1.2 * sum(self._ms(*both) for both in widths)
+
+    def _ms(self, read: int, written: int) -> float:
+        return 0.001 * (read * written) ** (0.5 if RANK else 1.0)
+
+
+def aimed_late(accumulation: int) -> Result:
+    """Prunes to a latency with training, and with checkpoints that the second process looks for late."""
+    checkpoints = Slow(Path(sys.argv[1]) / "aimed_late", {}) if "RANK" in os.environ else None
+    with patch.object(start, "Stopwatch", OwnStopwatch):
+        return pruned(small_batches(), accumulation, checkpoints=checkpoints, target="latency=0.6")
+
+
+def aimed_again(accumulation: int) -> Result:
+    """Prunes to a latency twice without training between the cuts: the method runs until its network takes the time.
+
+    The second time the main process finds what was measured, the other one nothing.
+    """
+    checkpoints = Checkpoints(Path(sys.argv[1]) / f"aimed_again-{RANK}", {}) if "RANK" in os.environ else None
+    with patch.object(start, "Stopwatch", OwnStopwatch):
+        for _ in range(2):
+            result = pruned(
+                small_batches(), accumulation, method="random", between=0, target="latency=0.6", checkpoints=checkpoints
+            )
+    return result
 
 
 def selected(accumulation: int) -> Result:
@@ -179,7 +233,19 @@ def resumed(accumulation: int) -> Result:
 
 JOBS: dict[str, Callable[[int], Result]] = {
     job.__name__: job
-    for job in (odd_package, odd_torch, data_driven, workers, shaken, one_batch, three_of_eight, selected, late)
+    for job in (
+        odd_package,
+        odd_torch,
+        data_driven,
+        workers,
+        shaken,
+        one_batch,
+        three_of_eight,
+        selected,
+        late,
+        aimed_late,
+        aimed_again,
+    )
 }
 """Jobs of which two processes must give what one process gives with twice the accumulation."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun with gloo is tested on POSIX")
 TOLERANCE = 1e-5
-TIMEOUT_SECONDS = 100
+TIMEOUT_SECONDS = 200
 
 
 def launched(out: Path, *names: str) -> tuple[int, str]:
@@ -83,6 +83,17 @@ def test_both_processes_hold_the_same_network_bit_for_bit(name: str, two: Launch
     assert facts == other_facts
     assert first.keys() == second.keys()
     assert all(bool((first[key] == second[key]).all()) for key in first)
+
+
+@pytest.mark.parametrize("name", ["aimed_late", "aimed_again"])
+def test_a_latency_is_the_one_that_the_main_process_measured(name: str, two: Launch) -> None:
+    alone = JOBS[name](2)[0]["latency"]
+
+    for rank in (0, 1):
+        found = of_process(two, name, rank)[0]["latency"]
+        assert alone["networks"] == found["networks"]
+        assert (alone["dense_ms"], alone["achieved_ms"]) == (found["dense_ms"], found["achieved_ms"])
+        assert found["achieved_ms"] == pytest.approx(found["asked_ms"], rel=0.1)
 
 
 @pytest.mark.parametrize("loader", ["torch", "drawn"])
