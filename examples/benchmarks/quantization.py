@@ -1,6 +1,6 @@
 """What pruning and what lower precision costs and gains, apart and together: float32, int8 and fp16, dense and pruned.
 
-``--part cifar``: ResNet-56, L1 with widths at multiples of 16, short recovery. ``--part mobilenet``: MobileNetV2 at
+``--part cifar``: ResNet-56, L1, recovery. ``--part mobilenet``: MobileNetV2 at
 224 pixels, dense. ``--part resnet50``: ResNet-50 at 224 pixels with random weights and images, so latency only. Files
 are calibrated on images that accuracy is not measured on, and all of a part are timed side by side on ONNX Runtime's
 CPU, one image and one thread. See README.md beside this file.
@@ -74,7 +74,9 @@ def cifar(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         limits=npe.Limits(multiple=options.multiple),
         train_batches=npe.BatchLoader(recovery, 128, shuffle=True, augment=source.augment, **norm),
         recover_epochs=options.epochs,
-        settings=npe.TrainingSettings(learning_rate=options.learning_rate),
+        settings=npe.TrainingSettings(
+            learning_rate=options.learning_rate, precision=options.precision, channels_last=True, nesterov=True
+        ),
         seed=options.seed,
     )
     print("pruned and recovered", flush=True)
@@ -190,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recovery-images", type=int, default=5000)
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the recovery")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(HERE / "results" / "quantization.json"))
