@@ -90,7 +90,9 @@ def table(found: list[dict]) -> str:
     cells: dict[tuple[str, ...], list[dict]] = {}
     for row in found:
         cells.setdefault((row["network"], f"{row['runtime']}, batch {row['batch']}", row["target"]), []).append(row)
-    lines = ["| network | runtime | asked | runs | within 3 % | achieved | MACs × dense | largest A/A error | seconds |"]
+    lines = [
+        "| network | runtime | asked | runs | within 3 % | achieved | MACs × dense | largest A/A error | seconds |"
+    ]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for (network, runtime, target), runs in cells.items():
         share = float(target.partition("=")[2])
