@@ -3,7 +3,7 @@
 Channels go in one order (by score, or by rank within their group) until every target is met. The cost of each prefix of
 this order follows in closed form from the shapes it would leave, so the target is met to within one channel and no
 model is run. Rounding to multiples is part of the search and only ever keeps more. Multiples that nobody asked for give
-way: one by one, where they alone keep a target from being met closely.
+way where they keep a target from being met closely: that of the group cut last first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nni_prune_ext.graph.label_book import Role
 from nni_prune_ext.plan import PruningPlan, plan_from_channels
 
 CLOSE = 0.02
-"""How far a plan may go beyond every target for the sake of multiples that nobody asked for, as a share of it."""
+"""How far a plan may go beyond a target for the sake of multiples that nobody asked for, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ def allocate(
     while not _met(search.values(len(search.order)), bounds):
         if not search.refine(search.groups):
             raise TargetError(search.explain(targets, bounds))
-    goals = [(t, _scaled_bound(t, search.dense(t), 1.0)) for t in targets]
     low = search.shortest(bounds)
-    while low and _far_beyond(search.values(low), goals) and search.refine([search.groups[search.order[low - 1]]]):
+    while low and search.far_beyond(low, bounds) and search.refine_at(low):
         low = search.shortest(bounds)
     values = search.values(low)
     achieved = tuple(Achieved(t, search.dense(t), bound, values[t.metric]) for t, bound in bounds)
@@ -123,8 +122,6 @@ def check_feasible(cost_model: CostModel, targets: Sequence[Target], limits: Lim
     search = _Search(flat, cost_model, limits or Limits(), "local", None, Reference.of(cost_model), 1.0)
     if targets:
         allocate(flat, cost_model, targets=targets, limits=limits, scope="local")
-    while search.refine(search.groups):
-        pass
     return search.values(len(search.order))
 
 
@@ -190,6 +187,22 @@ class _Search:
         self._step |= {name: self._step[name] // 2 for name in free}
         return bool(free)
 
+    def refine_at(self, prefix: int) -> bool:
+        """Halves the step of the group that was cut last, or else, as rounding held others back, of all."""
+        return self.refine([self.groups[self.order[prefix - 1]]]) or self.refine(self.groups)
+
+    def far_beyond(self, prefix: int, bounds: Sequence[tuple[Target, float]]) -> bool:
+        """Says whether the last removal led beyond the full targets, by more than the tolerance.
+
+        Only targets that it was needed for count.
+        """
+        before, after = self.values(prefix - 1), self.values(prefix)
+        goals = [(t, _scaled_bound(t, self.dense(t), 1.0)) for t, bound in bounds if not _met(before, [(t, bound)])]
+        return bool(goals) and all(
+            after[t.metric] > goal * (1 + CLOSE) if t.metric == "ratio" else after[t.metric] < goal * (1 - CLOSE)
+            for t, goal in goals
+        )
+
     def removed_counts(self, prefix: int) -> dict[str, int]:
         """Returns group → number of channels removed by the first ``prefix`` removals, rounded to multiples."""
         counts = np.bincount(self.order[:prefix], minlength=len(self.groups))
@@ -224,38 +237,49 @@ class _Search:
         widest = sorted(self.groups, key=lambda g: gone[g.name] - g.num_channels)[:3]
         held = [f"'{g.name}' (keeps {g.num_channels - gone[g.name]} of {g.num_channels})" for g in widest]
         fixed = [f"'{p.root}' ({p.reason})" for p in self.model.groups.protected[:3]]
+        asked = sorted({multiple for g in self.groups if (multiple := self.limits.multiple_of(g) or 1) > 1})
         return (
             f"The target {target} cannot be met: at most {bound:,.4g}{unit} asked for, the limits allow no less than "
             f"{best[target.metric]:,.4g}{unit}{share}."
             if target.metric != "ratio"
             else f"The target {target} cannot be met: the limits allow a ratio of at most {best['ratio']:.3f}."
         ) + (
-            f" Limits that bind: max_ratio={self.limits.max_ratio:g}, min_channels={self.limits.min_channels}, "
-            f"multiple={self.limits.multiple or 'by width'}; widest groups at their limit: "
-            f"{', '.join(held) or 'none'}; protected layers: "
-            f"{', '.join(fixed) or 'none'}. Raise max_ratio, lower multiple, exclude fewer layers, or ask for less."
+            f" Limits that bind: max_ratio={self.limits.max_ratio:g}, min_channels={self.limits.min_channels}"
+            f"{''.join(f', multiple={multiple}' for multiple in asked)}; widest groups at their limit: "
+            f"{', '.join(held) or 'none'}; protected layers: {', '.join(fixed) or 'none'}. "
+            f"Raise max_ratio, {'lower multiple, ' if asked else ''}exclude fewer layers, or ask for less."
         )
 
     def _first_steps(self) -> dict[str, int]:
         """Returns group → the step in channels that moves its root's width by a multiple."""
         each = {g.name: _channels_of_root(g) for g in self.groups}
         widest = max((self.width(name) * channels for name, channels in each.items()), default=0)
-        steps = {}
-        for group in self.groups:
-            multiple, channels = self.limits.multiple_of(group), each[group.name]
-            if multiple is None:
-                exact = self._shares is not None or self.limits.of_group(group).min_ratio > 0  # ratios are obeyed
-                multiple = 1 if exact else usual_multiple(self.width(group.name) * channels, widest)
-            steps[group.name] = multiple // math.gcd(multiple, channels)
-        return steps
+        return {g.name: self._first_step(g, each[g.name], widest) for g in self.groups}
+
+    def _first_step(self, group: ChannelGroup, channels: int, widest: int) -> int:
+        multiple, width = self.limits.multiple_of(group), self.width(group.name)
+        if multiple is not None:
+            return multiple // math.gcd(multiple, channels)
+        if self._shares is not None or self.limits.of_group(group).min_ratio > 0:  # ratios are obeyed
+            return 1
+        multiple, stay = usual_multiple(width * channels, widest), self._smallest(group)
+        step = multiple // math.gcd(multiple, channels)
+        while step > 1 and -(-stay // step) * step >= width:  # the limits would keep it whole
+            step //= 2
+        return step
+
+    def _smallest(self, group: ChannelGroup) -> int:
+        """Returns how many channels stay at least, as the limits say."""
+        share = 1 - self.limits.of_group(group).max_ratio
+        return max(self.limits.min_channels, math.ceil(self.width(group.name) * share - 1e-9), 1)
 
     def _bounds(self, group: ChannelGroup) -> tuple[int, int]:
         """Returns the smallest and the largest number of channels that may go."""
         limit = self.limits.of_group(group)
         width = self.width(group.name)
         already = width - group.num_channels
-        stay = max(self.limits.min_channels, math.ceil(width * (1 - limit.max_ratio) - 1e-9), 1)
-        most = max(min(group.num_channels - stay, int((self._scores[group.name] < math.inf).sum())), 0)
+        most = group.num_channels - self._smallest(group)
+        most = max(min(most, int((self._scores[group.name] < math.inf).sum())), 0)
         least = math.floor(width * limit.min_ratio * self.fraction + 1e-9) - already
         return max(min(least, most), 0), most
 
@@ -331,14 +355,6 @@ def _checked_ratios(groups: Sequence[ChannelGroup], ratios: Mapping[str, float] 
 def _met(values: Mapping[str, float], bounds: Sequence[tuple[Target, float]]) -> bool:
     return all(
         values[t.metric] >= b - 1e-12 if t.metric == "ratio" else values[t.metric] <= b + 1e-9 for t, b in bounds
-    )
-
-
-def _far_beyond(values: Mapping[str, float], goals: Sequence[tuple[Target, float]]) -> bool:
-    """Says whether more goes than any target asks for, by more than the tolerance."""
-    return all(
-        values[t.metric] > goal * (1 + CLOSE) if t.metric == "ratio" else values[t.metric] < goal * (1 - CLOSE)
-        for t, goal in goals
     )
 
 

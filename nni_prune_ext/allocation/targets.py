@@ -176,8 +176,9 @@ class Limits(BaseModel):
         min_channels: smallest number of channels that stay in a group.
         multiple: the root's width stays a multiple of this where the group is pruned at all; rounding keeps more
             channels. ``None`` takes what runtimes like in a wide network (``usual_multiple``), but less where a target
-            could not be met closely, and 1 where ratios say what goes: the scope ``local``, a ratio policy, a layer's
-            ``min_ratio``. With a latency target ``prune`` takes what a probe of the runtime finds.
+            could not be met closely or the group's own limits leave less room, and 1 where ratios say what goes: the
+            scope ``local``, a ratio policy, a layer's ``min_ratio``. With a latency target ``prune`` takes what a
+            probe of the runtime finds.
         exclude: name patterns (``fnmatch``) of layers whose groups stay whole.
         layers: name pattern → limits of its own; the first match counts.
     """

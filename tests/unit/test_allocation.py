@@ -62,6 +62,12 @@ def built(name: str) -> tuple[nn.Module, CostModel]:
     return model, cost_model(model, IMAGES)
 
 
+@pytest.fixture
+def sixty_four_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of a few small layers count as wide."""
+    monkeypatch.setattr("nni_prune_ext.allocation.targets.WIDE", 64)
+
+
 def small() -> CostModel:
     return cost_model(chain(), torch.zeros(1, 3, 2, 2))
 
@@ -300,6 +306,92 @@ def test_a_multiple_that_nobody_asked_for_gives_way_where_the_limits_leave_no_ot
     with pytest.raises(TargetError, match="multiple=16"):
         allocate(ascending(costs), costs, targets=[Target("macs", 0.91)], limits=Limits(max_ratio=0.1, multiple=16))
     assert check_feasible(costs, [], limits)["macs"] == 116 / 128 * costs.costs.macs
+
+
+@pytest.mark.usefixtures("sixty_four_is_wide")
+def test_a_wide_group_that_is_rounded_gives_way_where_a_narrow_one_would_lead_far_beyond_the_target() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+    scores = {"0": torch.arange(64.0), "2": torch.tensor([14.5, 98, 99, 99])}  # 15 of '0', one of '2', more of '0'
+
+    allocation = allocate(scores, costs, targets=[Target("macs", 0.8)])
+
+    assert {"0": 50, "2": 4} == kept_channels(allocation)  # a multiple of 2; one of four channels costs too much
+
+
+@pytest.mark.usefixtures("sixty_four_is_wide")
+@pytest.mark.parametrize(("params", "kept"), [(0.995, 46), (0.992, 32)])
+def test_a_step_must_lead_near_one_of_the_targets_that_it_was_needed_for(params: float, kept: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 4000))  # fmt: skip
+    costs = cost_model(model, torch.zeros(1, 3, 32, 32))
+    targets = [Target("macs", 0.74), Target("params", params)]
+
+    allocation = allocate(ascending(costs), costs, targets=targets, limits=Limits(exclude=("2",)))
+
+    assert {"0": kept, "2": 4} == kept_channels(allocation)  # 48 channels meet 0.995 of the parameters, not 0.992
+
+
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [("macs=0.715", 180), ("macs=0.99", 252), ("ratio=0.1", 230), ("ratio=0.3", 178), ("ratio=0.01", 253)],
+)
+def test_the_usual_multiple_is_halved_until_the_target_is_met_closely(target: str, kept: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 256, 1, bias=False), nn.ReLU(), nn.Conv2d(256, 2, 1, bias=False))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+
+    assert {"0": kept} == kept_channels(allocate(ascending(costs), costs, targets=[Target.parse(target)]))
+
+
+@pytest.mark.usefixtures("sixty_four_is_wide")
+def test_on_the_way_to_a_target_nothing_is_refined_that_leads_no_further_than_the_target() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("macs", 0.5)], fraction=0.4)
+
+    assert {"0": 48} == kept_channels(allocation)  # 51 would do
+
+
+@pytest.mark.usefixtures("sixty_four_is_wide")
+@pytest.mark.parametrize(("fraction", "kept"), [(0.25, 24), (0.4, 16)])
+def test_the_usual_multiple_is_that_of_the_roots_width_where_a_channel_stands_for_several(
+    fraction: float, kept: int
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1, groups=2), nn.ReLU(),
+                          nn.Conv2d(64, 2, 1))  # fmt: skip
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+    limits = Limits(exclude=("2",))
+    assert 32 == costs.groups["0"].num_channels
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("macs", 0.2)], limits=limits, fraction=fraction)
+
+    assert kept == allocation.kept["0"]  # times two: multiples of 16
+
+
+@pytest.mark.usefixtures("sixty_four_is_wide")
+def test_limits_that_leave_less_room_than_the_usual_multiple_do_not_keep_a_group_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 2, 1))
+    costs = cost_model(model, torch.zeros(1, 3, 2, 2))
+    limits = Limits(layers={"0": LayerLimit(max_ratio=0.2)})  # 52 of 64 stay
+
+    allocation = allocate(ascending(costs), costs, targets=[Target("ratio", 0.185)], limits=limits)
+
+    assert {"0": 56, "2": 48} == kept_channels(allocation)
+
+
+def test_an_unreachable_target_blames_only_multiples_that_somebody_asked_for() -> None:
+    costs = small()
+    own = Limits(layers={"0": LayerLimit(multiple=4)})
+
+    with pytest.raises(TargetError) as nobody:
+        allocate(ascending(costs), costs, targets=[Target("macs", 0.01)])
+    with pytest.raises(TargetError) as somebody:
+        allocate(ascending(costs), costs, targets=[Target("macs", 0.01)], limits=own)
+
+    assert "multiple" not in str(nobody.value)
+    assert "multiple=4" in str(somebody.value)
+    assert "lower multiple" in str(somebody.value)
 
 
 @pytest.mark.parametrize("chosen", [{"scope": "local"}, {"ratios": {"0": 1.0, "2": 1.0}}])
