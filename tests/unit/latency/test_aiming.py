@@ -239,6 +239,8 @@ def test_a_continued_run_makes_the_same_plan_without_measuring_anew(pruned, tmp_
     assert first.plan == second.plan
     assert ["compact"] == fake.made[-1].timed
     assert first.latency.networks == second.latency.networks
+    assert first.latency.probe
+    assert (first.latency.multiple, first.latency.probe) == (second.latency.multiple, second.latency.probe)
 
 
 def tried(measured: float, *, uncorrected: float = 0.5, name: str = "a") -> Try:
