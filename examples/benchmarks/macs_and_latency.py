@@ -68,6 +68,10 @@ def measure(name: str, todo: list[tuple[str, int, str]], options: argparse.Names
         result = npe.prune(dense, one, method="l1", target=f"macs={share}", limits=given)
         cut = f"macs={share}, {limits}"
         models[cut], cells[cut] = result.model, {"macs": result.costs.macs / result.dense.macs}
+    half_wanted = any(precision == "fp16" for _, _, precision in todo)
+    if half_wanted and not weights:  # values of untrained networks leave the range of fp16
+        for model in models.values():
+            recalibrate_batchnorm(model, [torch.randn(4, 3, 224, 224)])
     if weights and options.data:
         images = one_image_per_class(options.data)
         for cut, model in models.items():
@@ -79,9 +83,13 @@ def measure(name: str, todo: list[tuple[str, int, str]], options: argparse.Names
             npe.export_onnx(model, one, files[cut], check=False)
         models.clear()
         half = {cut: path.with_suffix(".fp16.onnx") for cut, path in files.items()}
-        if any(precision == "fp16" for _, _, precision in todo):
+        if half_wanted:
             for cut, path in files.items():
-                npe.convert_to_fp16(path, half[cut])
+                looked_at = [
+                    (torch.randn(8, 3, 224, 224), torch.zeros(8, dtype=torch.long))
+                ]  # no labels: how far off counts
+                made = npe.convert_to_fp16(path, half[cut], test_batches=looked_at, max_drop=1)
+                cells[cut] |= {"fp16_max_rel": made.parity.max_rel}
         for on, batch, precision in todo:
             timed = times(half if precision == "fp16" else files, one.repeat(batch, 1, 1, 1), on)
             row = {
